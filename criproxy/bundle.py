@@ -1,0 +1,374 @@
+"""The bundle: the folder that is mounted read-only into containers, with our init and a CRIU that needs nothing else.
+
+It holds `init`, `enter`, `prlimit.so`, `criu`, the libraries which that links, and the dynamic loader they belong to:
+so CRIU starts in any image, also in one without a libc. Its path has the hash of its content: a folder that is there is
+complete and is never changed, whatever is upgraded, while containers that were started with it have it mounted.
+
+CRIU runs as root in the mount namespace of a hostile container, so nothing of the container's may steer it:
+- the loader's `/etc/ld.so.preload` (it has no option to leave that out) is patched to a name inside of the bundle, and
+  `/etc/ld.so.cache` isn't read;
+- CRIU's configuration files (`/etc/criu/default.conf` and one in $HOME, which may name scripts to run) are off;
+- its plugins (every `*.so` in `/usr/lib/criu`) are looked for in an empty folder of the bundle;
+- so are the programs that it starts by name (iptables, ip, tar): with the options we use it needs none.
+All of it is in `Bundle.criu_argv()` and `Bundle.environment`; CRIU must always be started with both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import struct
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from criproxy import kdat, run
+from criproxy.debian import DownloadError, download
+from criproxy.kdat import KdatError
+
+INSIDE: Final = "/.criproxy"
+"""Where containers see the bundle."""
+
+KDAT_INSIDE: Final = "/run/criu.kdat"
+"""Where CRIU looks for what it has found out about the kernel; mounted read-only from `Bundle.kdat`."""
+
+SUITE: Final = "trixie"
+"""The Debian release whose CRIU is taken where the host has none that works: 4.1.1."""
+
+CAP_SYS_RESOURCE: Final = 24
+
+_PLUGINS: Final = "plugins"
+_PRELOAD_HOST: Final = b"/etc/ld.so.preload\0"
+_PRELOAD_BUNDLE: Final = f"{INSIDE}/preload\0".encode()
+assert len(_PRELOAD_HOST) == len(_PRELOAD_BUNDLE)
+
+_log: Final = logging.getLogger(__name__)
+
+
+class BundleError(Exception):
+    """There is no CRIU to work with. The text is a sentence for people, and a hint where there is something to do."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on the host: its folder, and the kernel data (a file) that goes with it until the next boot."""
+
+    path: Path
+    kdat: Path
+    version: str
+    """CRIU's own, such as `4.1.1`."""
+    needs_prlimit: bool
+    """Whether CRIU has to be helped around a missing CAP_SYS_RESOURCE by the preloaded library."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The whole environment for CRIU."""
+        return _environment(INSIDE)
+
+    def criu_argv(self, inside: str = INSIDE) -> list[str]:
+        """The beginning of every CRIU command line; the action and its options follow.
+
+        `inside` is where the process that starts CRIU sees the bundle. `/proc/self/fd/N`, with a descriptor of the
+        folder that was opened on the host, works as well, and doesn't depend on the container's mounts.
+        """
+        return _criu_argv(inside, self.needs_prlimit)
+
+    @property
+    def init(self) -> Path:
+        """The container's first process, on the host."""
+        return self.path / "init"
+
+    @property
+    def enter(self) -> Path:
+        """The launcher that joins a container's namespaces and cgroups, on the host."""
+        return self.path / "enter"
+
+
+def build(criu_root: Path, libexec: Path, state_dir: Path) -> Bundle:
+    """Makes the bundle from the CRIU under `criu_root` (`/` is the host's) and our own programs in `libexec`.
+
+    A bundle with the same content is taken as it is. Raises BundleError if there is no CRIU, if a part is missing, or
+    if `criu check` says that it doesn't work with this kernel.
+    """
+    needs_prlimit = not _has_capability(CAP_SYS_RESOURCE)
+    content = _ours(libexec, needs_prlimit) | _criu(criu_root)
+    with _locked(state_dir):
+        path = _store(content, state_dir / "bundles")
+    version = _version(path, needs_prlimit)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # By descriptor: the state folder may be out of sight in the host's mount namespace, or below /run.
+        inside = f"/proc/self/fd/{folder}"
+        file = kdat.prepare(
+            state_dir / "kdat",
+            bundle=path.name,
+            criu=_criu_argv(inside, needs_prlimit),
+            environment=_environment(inside),
+            descriptor=folder,
+        )
+    except KdatError as error:
+        raise BundleError(f"CRIU {version} of {criu_root} doesn't work here: {error}") from error
+    finally:
+        os.close(folder)
+    return Bundle(path=path, kdat=file, version=version, needs_prlimit=needs_prlimit)
+
+
+def prepare(
+    libexec: Path,
+    state_dir: Path,
+    *,
+    criu_root: Path | None = None,
+    suite: str | None = SUITE,
+    say: Callable[[str], object] = _log.info,
+) -> Bundle:
+    """The bundle to use on this machine: from `criu_root` if one is given, else of the host's CRIU if it works here,
+    else of the Debian packages of `suite` (None: download nothing), which are kept in the state folder.
+
+    Raises BundleError if none of these works.
+    """
+    if criu_root is not None:
+        return build(criu_root, libexec, state_dir)
+    try:
+        return build(Path("/"), libexec, state_dir)
+    except BundleError as error:
+        if suite is None:
+            raise
+        say(f"{error}")
+        reason = error
+    root = state_dir / f"criu-{suite}"
+    try:
+        download(suite, root, say=say)
+    except DownloadError as error:
+        raise BundleError(f"{reason} And no other CRIU could be had: {error}") from error
+    return build(root, libexec, state_dir)
+
+
+def collect_garbage(state_dir: Path, in_use: set[Path]) -> list[Path]:
+    """Removes the bundles and kernel data that are none of `in_use` (`Bundle.path` and `Bundle.kdat` of the current one
+    and of every container), and what an interrupted `build()` has left. Returns what was removed.
+    """
+    kept = {path.absolute() for path in in_use} | {path.absolute().parent for path in in_use if path.name == kdat.FILE}
+    removed = []
+    with _locked(state_dir):
+        for folder in sorted([*(state_dir / "bundles").glob("*"), *(state_dir / "kdat").glob("*")]):
+            if folder.is_dir() and folder.absolute() not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder)
+    return removed
+
+
+# --- What goes into it ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    data: bytes
+    executable: bool
+
+
+def _ours(libexec: Path, needs_prlimit: bool) -> dict[str, _File]:
+    files = {}
+    parts = (("init", True, True), ("enter", True, False), ("prlimit.so", False, needs_prlimit))
+    for name, executable, needed in parts:
+        try:
+            files[name] = _File((libexec / name).read_bytes(), executable)
+        except FileNotFoundError:
+            if needed:
+                raise BundleError(f"{libexec / name} is missing. Install the package again, or run `make`.") from None
+    return files
+
+
+def _criu(root: Path) -> dict[str, _File]:
+    """CRIU of a root, its loader and its libraries, all in one flat folder."""
+    binary = _find(root, [f"{folder}/criu" for folder in ("usr/sbin", "usr/local/sbin", "usr/bin", "sbin")])
+    if binary is None:
+        raise BundleError(f"There is no criu in {root}. Install the package criu, or let one be downloaded.")
+    interpreter = _interpreter(binary)
+    loader = _find(root, [interpreter.lstrip("/"), f"usr{interpreter}"])
+    if loader is None or "/ld-linux" not in interpreter:
+        raise BundleError(f"{binary} wants the loader {interpreter}, which isn't glibc's or isn't in {root}.")
+    command: list[str | Path] = [loader, "--list", binary]
+    if root != Path("/"):
+        command[1:1] = ["--inhibit-cache", "--library-path", ":".join(_library_folders(root))]
+    try:
+        # Without LD_PRELOAD and the like, which would be listed as well.
+        listing = run.run(command, env={}, timeout=30).check().stdout.decode()
+    except run.CommandError as error:
+        raise BundleError(f"The libraries of {binary} can't be listed: {error}") from error
+
+    files = {"criu": _File(binary.read_bytes(), True), "ld.so": _File(_patched(loader), True)}
+    for line in listing.splitlines():
+        name, arrow, where = line.strip().partition(" => ")
+        if not arrow or "/" in name:  # the kernel's own (vdso), or the loader
+            continue
+        path = where.rsplit(" (", 1)[0]
+        if not path.startswith("/"):
+            raise BundleError(
+                f"{binary} needs {name}, which isn't in {root}. Install what the package criu depends on."
+            )
+        files[name] = _File(Path(path).read_bytes(), False)
+    return files
+
+
+def _patched(loader: Path) -> bytes:
+    data = loader.read_bytes()
+    if data.count(_PRELOAD_HOST) != 1:
+        raise BundleError(
+            f"{loader} can't be kept from reading the container's /etc/ld.so.preload. Let a known CRIU be downloaded."
+        )
+    return data.replace(_PRELOAD_HOST, _PRELOAD_BUNDLE)
+
+
+def _interpreter(binary: Path) -> str:
+    """The loader that a dynamically linked 64-bit ELF file names (PT_INTERP; elf(5))."""
+    data = binary.read_bytes()
+    if data[:5] != b"\x7fELF\x02":
+        raise BundleError(f"{binary} isn't a 64-bit ELF file.")
+    (table,) = struct.unpack_from("<Q", data, 32)
+    size, count = struct.unpack_from("<HH", data, 54)
+    for index in range(count):
+        kind, _flags, offset, _virtual, _physical, length = struct.unpack_from("<IIQQQQ", data, table + index * size)
+        if kind == 3:
+            return data[offset : offset + length].rstrip(b"\0").decode()
+    raise BundleError(f"{binary} isn't linked dynamically.")
+
+
+def _library_folders(root: Path) -> list[str]:
+    triplet = sysconfig.get_config_var("MULTIARCH") or f"{os.uname().machine}-linux-gnu"
+    names = (f"usr/lib/{triplet}", f"lib/{triplet}", "usr/lib64", "lib64", "usr/lib", "lib")
+    return [str(root / name) for name in names if (root / name).is_dir()]
+
+
+def _find(root: Path, names: list[str]) -> Path | None:
+    for name in names:
+        path = _inside(root, root / name)
+        if path.is_file():
+            return path
+    return None
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """Follows the links at a path of an unpacked root; absolute ones begin at that root, not at the host's."""
+    for _ in range(40):
+        if not path.is_symlink():
+            break
+        target = os.readlink(path)
+        path = root / target.lstrip("/") if target.startswith("/") else path.parent / target
+    return path
+
+
+# --- Where it is kept -------------------------------------------------------------------------------------------------
+
+
+def _store(content: Mapping[str, _File], bundles: Path) -> Path:
+    digest = hashlib.sha256()
+    for name, file in sorted(content.items()):
+        digest.update(f"{name}\0{file.executable:d}\0{len(file.data)}\0".encode() + file.data)
+    path = bundles / digest.hexdigest()[:20]
+    if path.is_dir():
+        _verify(path, content)
+        return path
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=bundles))
+    try:
+        for name, file in content.items():
+            with open(new / name, "wb") as stream:
+                stream.write(file.data)
+                os.fchmod(stream.fileno(), 0o555 if file.executable else 0o444)
+                stream.flush()
+                os.fsync(stream.fileno())
+        (new / _PLUGINS).mkdir(mode=0o755)
+        new.chmod(0o755)
+        _sync(new)
+        new.rename(path)
+        _sync(bundles)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return path
+
+
+def _verify(path: Path, content: Mapping[str, _File]) -> None:
+    """Containers may have it mounted, so a damaged one can't be put right in place."""
+    for name, file in content.items():
+        try:
+            same = (path / name).read_bytes() == file.data
+        except OSError:
+            same = False
+        if not same:
+            raise BundleError(f"{path / name} was changed. End the containers that use it, and remove {path}.")
+
+
+@contextlib.contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    """One maker or remover of bundles at a time, whatever the process."""
+    bundles = state_dir / "bundles"
+    bundles.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with open(bundles / ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- How it is run ----------------------------------------------------------------------------------------------------
+
+
+def _criu_argv(inside: str, needs_prlimit: bool) -> list[str]:
+    preload = ["--preload", f"{inside}/prlimit.so"] if needs_prlimit else []
+    loader = [f"{inside}/ld.so", "--inhibit-cache", "--library-path", inside, *preload]
+    return [*loader, f"{inside}/criu", "--no-default-config", "--libdir", f"{inside}/{_PLUGINS}"]
+
+
+def _environment(inside: str) -> dict[str, str]:
+    return {
+        # Unset, it would be /bin:/usr/bin, and these are the container's.
+        "PATH": f"{inside}/{_PLUGINS}",
+        # GnuTLS is only for page servers. Its set-up at load time takes 1.7 ms and reads the container's /etc/gnutls.
+        "GNUTLS_NO_IMPLICIT_INIT": "1",
+    }
+
+
+def _version(path: Path, needs_prlimit: bool) -> str:
+    try:
+        argv = [*_criu_argv(str(path), needs_prlimit), "--version"]
+        said = run.run(argv, env=_environment(str(path)), timeout=30).check().stdout.decode()
+    except run.CommandError as error:
+        raise BundleError(f"The CRIU in {path} can't be started: {error}") from error
+    for line in said.splitlines():
+        if line.startswith("Version:"):
+            return line.removeprefix("Version:").strip()
+    raise BundleError(f"The CRIU in {path} doesn't say its version.")
+
+
+def _has_capability(number: int) -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
+__all__ = [
+    "INSIDE",
+    "KDAT_INSIDE",
+    "SUITE",
+    "Bundle",
+    "BundleError",
+    "DownloadError",
+    "build",
+    "collect_garbage",
+    "download",
+    "prepare",
+]
