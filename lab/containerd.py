@@ -1,0 +1,306 @@
+"""A private containerd for one lab: own root, state, socket, CNI bridge and cgroups, removed whatever happens.
+
+    with Containerd() as containerd:
+        containerd.endpoint                  # unix:///run/criproxy-lab/0/containerd.sock
+        containerd.load("mariadb")           # the usual images are there already
+
+Several labs can run at once on a machine, also from different mount namespaces: a lab's number belongs to whoever has
+bound the abstract socket of that number, which is scoped as the bridge is (by network namespace) and ends with its
+process. So what a killed lab left behind is known to be nobody's, and is removed by the next one of that number.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from lab import BUILD, LabError, cgroups, images
+from lab.process import Service, ended_by_signals, run, undisturbed
+
+_MOST_LABS = 40
+_CAP_SYS_RESOURCE = 24
+_CNI_PLUGINS = Path("/usr/lib/cni")
+
+_CONFIG = """\
+version = 2
+root = "{root}/containerd"
+state = "{state}/containerd"
+disabled_plugins = ["io.containerd.internal.v1.tracing", "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper"]
+[grpc]
+  address = "{socket}"
+[ttrpc]
+  address = "{socket}.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{root}/opt"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  restrict_oom_score_adj = {restrict_oom_score_adj}
+  netns_mounts_under_state_dir = true
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{cni_plugins}"
+    conf_dir = "{state}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "{snapshotter}"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        Root = "{state}/runc"
+"""
+
+
+class Containerd:
+    """See the module's text. `usual` are the images that are imported at the start."""
+
+    def __init__(self, *, usual: tuple[str, ...] = images.USUAL) -> None:
+        self._usual = usual
+        self._stack = contextlib.ExitStack()
+        self._service: Service | None = None
+
+    # --- What a user of it asks for --------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Path:
+        """Sockets and what ends with the lab. Short, for a socket's path may have 107 bytes."""
+        return Path(f"/run/criproxy-lab/{self.number}")
+
+    @property
+    def root(self) -> Path:
+        """What takes space: images, snapshots, checkpoints. On a real disk, since overlayfs wants one."""
+        return Path(os.environ.get("CRIPROXY_LAB_ROOT", "/var/lib/criproxy-lab"), str(self.number))
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the daemons and of the pods; they stay after the lab, until the next one of this number."""
+        return BUILD / "logs" / str(self.number)
+
+    @property
+    def socket(self) -> Path:
+        return self.state / "containerd.sock"
+
+    @property
+    def endpoint(self) -> str:
+        return f"unix://{self.socket}"
+
+    @property
+    def cgroup(self) -> str:
+        """The cgroup above everything that the lab starts, the same in every hierarchy."""
+        return f"/criproxy-lab-{self.number}"
+
+    @property
+    def bridge(self) -> str:
+        return f"crilab{self.number}"
+
+    @property
+    def gateway(self) -> str:
+        """This host's address on the pods' bridge."""
+        return f"10.231.{self.number}.1"
+
+    @property
+    def subnet(self) -> str:
+        return f"10.231.{self.number}.0/24"
+
+    @property
+    def gateway6(self) -> str:
+        return f"fd10:231:{self.number}::1"
+
+    @property
+    def subnet6(self) -> str:
+        return f"fd10:231:{self.number}::/64"
+
+    @property
+    def service(self) -> Service:
+        if self._service is None:
+            raise LabError("This containerd isn't running")
+        return self._service
+
+    def load(self, *names: str) -> None:
+        """Build and import images, so that CRI knows them. Raises LabError."""
+        for name in names:
+            self.ctr("images", "import", f"--snapshotter={self._snapshotter}", images.build(name))
+
+    def ctr(self, *arguments: str | Path) -> str:
+        """containerd's own command, in the namespace of CRI."""
+        return run(["ctr", f"--address={self.socket}", "--namespace=k8s.io", *arguments])
+
+    def start(self) -> None:
+        """Start containerd itself; `restart()` and tests that end it use it too."""
+        self._service = Service(
+            "containerd",
+            ["containerd", "--config", self.state / "containerd.toml", "--log-level", "info"],
+            self.logs / "containerd.log",
+            # A unit's own notification socket or a trace endpoint of the caller is none of its business.
+            env={k: v for k, v in os.environ.items() if not k.startswith(("NOTIFY_", "OTEL_"))},
+        )
+        cgroups.join(f"{self.cgroup}/containerd", self._service.pid)
+        self._service.wait_until(self._answers, "its CRI answers")
+
+    def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End containerd and start it again; pods and shims live on, as on a real node."""
+        self.service.signal(number)
+        self.service.wait()
+        self.start()
+
+    # --- The life of it --------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Containerd":
+        if os.geteuid() != 0:
+            raise LabError("The lab needs root: containerd, network namespaces and CRIU do", "run it as root")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ended_by_signals())
+            self.number = stack.enter_context(_number())
+            self._remove()  # what a killed lab of this number may have left
+            stack.callback(self._close)
+            self._prepare()
+            self.start()
+            self.load(*self._usual)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and self._service:
+            print(f"containerd's log:\n{self._service.tail()}", flush=True)
+        self._stack.__exit__(kind, error, traceback)
+
+    def _prepare(self) -> None:
+        shutil.rmtree(self.logs, ignore_errors=True)
+        for directory in (self.root, self.state, self.state / "cni", self.logs):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._snapshotter = "overlayfs" if _overlay_works(self.root) else "native"
+        (self.state / "containerd.toml").write_text(
+            _CONFIG.format(
+                root=self.root,
+                state=self.state,
+                socket=self.socket,
+                pause=images.image_name("pause"),
+                cni_plugins=_CNI_PLUGINS,
+                snapshotter=self._snapshotter,
+                restrict_oom_score_adj=str(not has_capability(_CAP_SYS_RESOURCE)).lower(),
+            )
+        )
+        (self.state / "cni" / "10-lab.conflist").write_text(json.dumps(self._network(), indent=1))
+        cgroups.create(f"{self.cgroup}/containerd")
+
+    def _network(self) -> dict[str, object]:
+        """The CNI configuration: a bridge of the lab's own, this host as the gateway, both families of addresses."""
+        return {
+            "cniVersion": "0.4.0",
+            "name": self.bridge,
+            "plugins": [
+                {
+                    "type": "bridge",
+                    "bridge": self.bridge,
+                    "isGateway": True,
+                    "hairpinMode": True,
+                    "ipam": {
+                        "type": "host-local",
+                        "dataDir": str(self.state / "cni-addresses"),
+                        "ranges": [[{"subnet": self.subnet}], [{"subnet": self.subnet6}]],
+                        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+                    },
+                }
+            ],
+        }
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(LabError):
+            # The list of CRI's own plugin: "ok" once it serves.
+            return any(
+                line.split()[:2] == ["io.containerd.grpc.v1", "cri"] and line.split()[-1] == "ok"
+                for line in self.ctr("plugins", "list").splitlines()
+            )
+        return False
+
+    def _close(self) -> None:
+        with undisturbed():
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove everything that a lab of this number is made of, whether this object made it or a killed one."""
+        if self._service:
+            self._service.stop()
+            self._service = None
+        # Containers, shims and daemons: all that was started is in there.
+        cgroups.remove(self.cgroup)
+        for bundle in self.state.glob("containerd/io.containerd.runtime.v2.task/*/*/address"):
+            # Shims keep their sockets in one folder for all containerds.
+            Path(bundle.read_text().removeprefix("unix://")).unlink(missing_ok=True)
+        unmount_below(self.state, self.root)
+        if Path("/sys/class/net", self.bridge).exists():
+            run(["ip", "link", "delete", self.bridge])
+        for directory in (self.state, self.root):
+            shutil.rmtree(directory, ignore_errors=True)
+            if directory.exists():
+                raise LabError(f"{directory} can't be removed", f"see `findmnt --submounts {directory}`")
+            # Other labs may be in there.
+            with contextlib.suppress(OSError):
+                directory.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _number() -> Iterator[int]:
+    """The lowest number that no living lab has."""
+    for number in range(_MOST_LABS):
+        with socket.socket(socket.AF_UNIX) as claim:
+            try:
+                claim.bind(f"\0criproxy-lab-{number}")
+            except OSError:
+                continue
+            yield number
+            return
+    raise LabError(f"{_MOST_LABS} labs run already")
+
+
+def has_capability(number: int) -> bool:
+    status = Path("/proc/self/status").read_text()
+    return bool(int(status.split("CapEff:")[1].split()[0], 16) >> number & 1)
+
+
+def _overlay_works(directory: Path) -> bool:
+    """Not on another overlayfs, as in a container whose /var/lib is its own layer."""
+    lower, upper, work, merged = (directory / f"overlay-{part}" for part in ("lower", "upper", "work", "merged"))
+    for part in (lower, upper, work, merged):
+        part.mkdir(exist_ok=True)
+    try:
+        options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+        run(["mount", "-t", "overlay", "overlay", "-o", options, merged])
+    except LabError:
+        return False
+    else:
+        run(["umount", merged])
+        return True
+    finally:
+        for part in (lower, upper, work, merged):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def mounts_below(*directories: Path) -> list[str]:
+    """Mount points at or below the folders, the deepest first."""
+    points = [line.split()[4].encode().decode("unicode_escape") for line in Path("/proc/self/mountinfo").open()]
+    return sorted((p for p in points if any(Path(p).is_relative_to(d) for d in directories)), reverse=True)
+
+
+def unmount_below(*directories: Path) -> None:
+    """Unmount all that is mounted at or below the folders. Raises LabError if something stays for 5 s."""
+    deadline = time.monotonic() + 5
+    while points := mounts_below(*directories):
+        for point in points:
+            try:
+                run(["umount", point])
+            except LabError:
+                # A process that is still ending holds it: later, and at last lazily.
+                if time.monotonic() > deadline:
+                    run(["umount", "--lazy", point])
+        time.sleep(0.01)
