@@ -1,0 +1,165 @@
+/* Build: gcc -shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -o prlimit.so prlimit.c   (setup.py does it)
+ *
+ * Preloaded into CRIU where root lacks CAP_SYS_RESOURCE (containers as machines: LXC, nested sandboxes), and only there.
+ * CRIU dumps a process's resource limits by prlimit64(2), for which the kernel wants that capability when the process has
+ * another uid ("Can't get rlimit 0"): then nothing that drops privileges could be dumped. /proc/PID/limits has the same
+ * numbers for whoever may read the process. It guarantees:
+ *
+ * - A call that only reads another process's limit and fails with EPERM is answered from /proc/PID/limits. Every other call
+ *   and every other error passes unchanged; setting limits is never imitated.
+ * - PID means what it means to CRIU, which sees the container's PID namespace and its /proc.
+ *
+ * CRIU makes the call through libc's syscall(); libc's own prlimit() and prlimit64() are covered in case it changes.
+ */
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* The lines of /proc/PID/limits begin with these, each 26 wide (fs/proc/base.c). */
+static const char *const names[RLIM_NLIMITS] = {
+	[RLIMIT_CPU] = "Max cpu time",
+	[RLIMIT_FSIZE] = "Max file size",
+	[RLIMIT_DATA] = "Max data size",
+	[RLIMIT_STACK] = "Max stack size",
+	[RLIMIT_CORE] = "Max core file size",
+	[RLIMIT_RSS] = "Max resident set",
+	[RLIMIT_NPROC] = "Max processes",
+	[RLIMIT_NOFILE] = "Max open files",
+	[RLIMIT_MEMLOCK] = "Max locked memory",
+	[RLIMIT_AS] = "Max address space",
+	[RLIMIT_LOCKS] = "Max file locks",
+	[RLIMIT_SIGPENDING] = "Max pending signals",
+	[RLIMIT_MSGQUEUE] = "Max msgqueue size",
+	[RLIMIT_NICE] = "Max nice priority",
+	[RLIMIT_RTPRIO] = "Max realtime priority",
+	[RLIMIT_RTTIME] = "Max realtime timeout",
+};
+enum { NAME_WIDTH = 26 };
+
+/* The kernel's struct rlimit64, whatever libc's has. */
+struct limit {
+	unsigned long long soft, hard;
+};
+
+static const char *value(const char *text, unsigned long long *limit)
+{
+	char *end;
+
+	text += strspn(text, " ");
+	if (strncmp(text, "unlimited", 9) == 0) {
+		*limit = ~0ULL;
+		return text + 9;
+	}
+	*limit = strtoull(text, &end, 10);
+	return end == text ? NULL : end;
+}
+
+static int read_limit(long pid, unsigned long resource, struct limit *limit)
+{
+	char path[64], line[160];
+	int found = -1;
+	FILE *file;
+
+	if (resource >= RLIM_NLIMITS || !names[resource])
+		return -1;
+	snprintf(path, sizeof path, "/proc/%ld/limits", pid);
+	file = fopen(path, "re");
+	if (!file)
+		return -1;
+	while (fgets(line, sizeof line, file)) {
+		const char *rest;
+
+		if (strncmp(line, names[resource], strlen(names[resource])) != 0 || strlen(line) < NAME_WIDTH)
+			continue;
+		rest = value(line + NAME_WIDTH, &limit->soft);
+		if (rest && value(rest, &limit->hard))
+			found = 0;
+		break;
+	}
+	fclose(file);
+	return found;
+}
+
+/* The system call without libc's syscall(), whose place we take. Arguments as the kernel takes them. */
+static long call(long number, long a, long b, long c, long d, long e, long f)
+{
+	long result;
+#if defined(__x86_64__)
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+
+	__asm__ volatile("syscall"
+			 : "=a"(result)
+			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+			 : "rcx", "r11", "memory");
+#elif defined(__aarch64__)
+	register long x8 __asm__("x8") = number;
+	register long x0 __asm__("x0") = a;
+	register long x1 __asm__("x1") = b;
+	register long x2 __asm__("x2") = c;
+	register long x3 __asm__("x3") = d;
+	register long x4 __asm__("x4") = e;
+	register long x5 __asm__("x5") = f;
+
+	__asm__ volatile("svc 0"
+			 : "+r"(x0)
+			 : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5)
+			 : "memory");
+	result = x0;
+#else
+#error "criproxy knows x86_64 and aarch64"
+#endif
+	if (result < 0 && result > -4096) {
+		errno = -result;
+		return -1;
+	}
+	return result;
+}
+
+static long limits(long pid, long resource, long new, long old)
+{
+	long result = call(SYS_prlimit64, pid, resource, new, old, 0, 0);
+
+	if (result < 0 && errno == EPERM && pid > 0 && !new && old) {
+		struct limit limit;
+
+		if (read_limit(pid, resource, &limit) == 0) {
+			memcpy((void *)old, &limit, sizeof limit);
+			return 0;
+		}
+		errno = EPERM;
+	}
+	return result;
+}
+
+long syscall(long number, ...)
+{
+	long a, b, c, d, e, f;
+	va_list arguments;
+
+	va_start(arguments, number);
+	a = va_arg(arguments, long);
+	b = va_arg(arguments, long);
+	c = va_arg(arguments, long);
+	d = va_arg(arguments, long);
+	e = va_arg(arguments, long);
+	f = va_arg(arguments, long);
+	va_end(arguments);
+	return number == SYS_prlimit64 ? limits(a, b, c, d) : call(number, a, b, c, d, e, f);
+}
+
+int prlimit(pid_t pid, __rlimit_resource_t resource, const struct rlimit *new, struct rlimit *old)
+{
+	return limits(pid, resource, (long)new, (long)old);
+}
+
+int prlimit64(pid_t pid, __rlimit_resource_t resource, const struct rlimit64 *new, struct rlimit64 *old)
+{
+	return limits(pid, resource, (long)new, (long)old);
+}
