@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -144,7 +145,7 @@ MAKERS = {
 
 class Artefacts(Command):
     description = "make the protocol modules and the C programs in the source tree"
-    user_options = [("only=", None, f"some of them, by comma: {','.join(MAKERS)}")]
+    user_options: ClassVar = [("only=", None, f"some of them, by comma: {','.join(MAKERS)}")]
 
     def initialize_options(self) -> None:
         self.only: str | None = None

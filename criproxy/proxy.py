@@ -1,0 +1,329 @@
+"""The gRPC proxy between kubelet and containerd: bytes in, the same bytes out, whatever the method.
+
+On the wire a unary answer is a stream of one, so one kind of handler carries every method, known or not:
+
+- from the client as a stream of messages, because only such a handler sees whether a second one comes (it is refused:
+  no CRI method streams from the client, and with a unary handler grpc would drop it without a word);
+- to containerd as unary_stream, because a stream_stream call that containerd ends at once comes back as INTERNAL in
+  about one case of eight.
+
+CRI's methods that are known to be unary go to containerd as unary_unary, which takes fewer turns of the event loop
+(a fifth of the time). Methods in `intercept` do the same, with an interceptor (see calls.py) between the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, cast
+
+import grpc
+from grpc import aio
+
+from criproxy.calls import UNARY, Abort, Answer, Call, CallError, Interceptor, Metadata, UpstreamError
+from criproxy.channel import UNLIMITED, Channel, socket_path
+
+log = logging.getLogger(__name__)
+
+_Context = aio.ServicerContext[bytes, bytes]
+
+_GOODBYE: Final = "criproxy is shutting down"
+
+# In the place of a (de)serialiser: bytes as they are. (The stubs don't know that it may be None.)
+_RAW: Final[Any] = None
+
+# How long a client may take from its message to the end of its sending side. Unary and server-streaming clients send
+# both together; one that waits for an answer in between streams, and that is refused.
+_HALF_CLOSE: Final = 5.0  # seconds
+
+# sun_path holds 108 bytes with the terminating zero.
+_LONGEST_PATH: Final = 107
+
+_SERVER_OPTIONS: Final = (
+    *UNLIMITED,
+    # grpc-go pings as often as it likes to measure bandwidth; the default would end the connection for it.
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class ListenError(Exception):
+    """The socket can't be served. The text is one sentence for people."""
+
+
+class Proxy:
+    """Serves CRI at `listen` (a unix socket, mode 0600) from containerd at `runtime_endpoint`.
+
+    `async with Proxy(…):` serves until the block ends. `intercept` maps full method names (see calls.methods) to
+    interceptors. `grace` is how many seconds calls under way may still take when it stops; streams end at once.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        runtime_endpoint: str,
+        intercept: Mapping[str, Interceptor] | None = None,
+        grace: float = 5.0,
+    ) -> None:
+        self.path: Final = socket_path(listen)
+        if self.path == socket_path(runtime_endpoint):
+            raise ListenError(f"{self.path} is containerd's own socket; listen on another and point kubelet at that")
+        self._upstream = Channel(runtime_endpoint)
+        self._intercept = dict(intercept or {})
+        self._grace = grace
+        self._calls: dict[asyncio.Task[Any], bool] = {}  # the tasks of calls under way: is it a stream?
+        self._ending: set[asyncio.Task[Any]] = set()  # those that the shutdown ends
+        self._closing = False
+        self._server: aio.Server | None = None
+        self._inode = 0
+
+    async def __aenter__(self) -> Proxy:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Serves from now on. Raises ListenError."""
+        server = aio.server(handlers=[_AnyMethod(self._handler)], options=list(_SERVER_OPTIONS))
+        with _claimed(self.path) as fresh:
+            # grpc binds and listens here. The mask decides the mode at that instant, before anyone can connect.
+            mask = os.umask(0o177)
+            try:
+                server.add_insecure_port(f"unix://{fresh}")
+            except RuntimeError as error:
+                raise ListenError(f"Cannot listen on {self.path}: {error}") from None
+            finally:
+                os.umask(mask)
+            await server.start()
+            self._inode = fresh.stat().st_ino
+        self._server = server
+
+    async def close(self) -> None:
+        """Ends within about `grace` seconds: streams at once, other calls when they are done, the rest by force.
+
+        Those that didn't end by themselves get UNAVAILABLE, at which clients try again.
+        """
+        self._closing = True
+        server, self._server = self._server, None
+        if server is not None:
+            with contextlib.suppress(OSError):
+                if self.path.stat().st_ino == self._inode:
+                    self.path.unlink()
+            stopping = asyncio.ensure_future(server.stop(self._grace + 1))
+            self._end(task for task, streams in self._calls.items() if streams)
+            if self._calls:
+                await asyncio.wait(list(self._calls), timeout=self._grace)
+            self._end(self._calls)
+            await stopping
+        await self._upstream.close()
+
+    def _end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        for task in list(tasks):
+            if task not in self._ending:
+                self._ending.add(task)
+                task.cancel()
+
+    # --- A call -------------------------------------------------------------------------------------------------
+
+    def _handler(self, method: str) -> grpc.RpcMethodHandler[bytes, bytes]:
+        interceptor = self._intercept.get(method)
+        if interceptor is None and method not in UNARY:
+
+            async def pass_stream(requests: AsyncIterator[bytes], context: _Context) -> None:
+                with self._call(method, context) as task:
+                    await self._stream(method, await _only_message(method, requests), context, task)
+
+            return grpc.stream_stream_rpc_method_handler(pass_stream)
+
+        async def pass_unary(requests: AsyncIterator[bytes], context: _Context) -> bytes:
+            with self._call(method, context):
+                return await self._unary(method, await _only_message(method, requests), context, interceptor)
+            return b""  # an error: grpc sends the status alone
+
+        return grpc.stream_unary_rpc_method_handler(pass_unary)
+
+    @contextlib.contextmanager
+    def _call(self, method: str, context: _Context) -> Iterator[asyncio.Task[Any]]:
+        """Counts the call among those under way, and turns what is raised into its status."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls[task] = _streams(method)
+        try:
+            if self._closing:
+                raise Abort(grpc.StatusCode.UNAVAILABLE, _GOODBYE)
+            yield task
+        except CallError as error:
+            _finish(context, error.code, error.message, error.trailing_metadata)
+        except asyncio.CancelledError:
+            if task not in self._ending:
+                raise  # the client has gone; grpc knows
+            task.uncancel()
+            _finish(context, grpc.StatusCode.UNAVAILABLE, _GOODBYE)
+        except Exception as error:
+            log.exception("%s failed inside criproxy", method)
+            _finish(context, grpc.StatusCode.INTERNAL, f"criproxy: {type(error).__name__}: {error}")
+        finally:
+            del self._calls[task]
+            self._ending.discard(task)
+
+    async def _stream(self, method: str, request: bytes, context: _Context, task: asyncio.Task[Any]) -> None:
+        call: aio.UnaryStreamCall[bytes, bytes] = self._upstream.ready().unary_stream(method, _RAW, _RAW)(
+            request, timeout=context.time_remaining(), metadata=_without_agent(context.invocation_metadata())
+        )
+        try:
+            if initial := tuple(await call.initial_metadata()):
+                await context.send_initial_metadata(initial)
+            first = True
+            async for message in call:
+                await context.write(message)
+                self._calls[task] = self._calls[task] or not first
+                first = False
+            _finish(context, await call.code(), await call.details(), tuple(await call.trailing_metadata()))
+        except aio.AioRpcError as error:
+            raise _upstream_error(error) from None
+        finally:
+            call.cancel()
+
+    async def _unary(self, method: str, request: bytes, context: _Context, interceptor: Interceptor | None) -> bytes:
+        metadata = _without_agent(context.invocation_metadata())
+
+        async def send(data: bytes) -> Answer:
+            call: aio.UnaryUnaryCall[bytes, bytes] = self._upstream.ready().unary_unary(method, _RAW, _RAW)(
+                data, timeout=context.time_remaining(), metadata=metadata
+            )
+            try:
+                response = await call
+                return Answer(response, tuple(await call.initial_metadata()), tuple(await call.trailing_metadata()))
+            except aio.AioRpcError as error:
+                raise _upstream_error(error) from None
+            finally:
+                call.cancel()
+
+        try:
+            answer: Answer | None
+            if interceptor is None:
+                answer = passed = await send(request)
+                response = passed.response
+            else:
+                call = Call(method, request, send, metadata, context.time_remaining)
+                response = await interceptor(call)
+                answer = call.answer
+        except UpstreamError as error:
+            if error.initial_metadata:
+                await context.send_initial_metadata(error.initial_metadata)
+            raise
+        if answer is not None:
+            if answer.initial_metadata:
+                await context.send_initial_metadata(answer.initial_metadata)
+            if answer.trailing_metadata:
+                context.set_trailing_metadata(answer.trailing_metadata)
+        return response
+
+
+class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it takes none outside of the stubs
+    """Takes every method of every service, without (de)serialisers: messages are bytes on both sides."""
+
+    def __init__(self, handler: Callable[[str], grpc.RpcMethodHandler[bytes, bytes]]) -> None:
+        self._handler = handler
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return self._handler(handler_call_details.method)
+
+
+async def _only_message(method: str, requests: AsyncIterator[bytes]) -> bytes:
+    """The one message of a call whose client has said that there is no other."""
+    messages = aiter(requests)
+    request = await anext(messages, None)
+    more = None
+    if request is not None:
+        try:
+            async with asyncio.timeout(_HALF_CLOSE):
+                more = await anext(messages, None)
+        except TimeoutError:
+            more = b""
+    if request is None or more is not None:
+        raise Abort(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"criproxy carries calls with one request message, and the client of {method} sends a stream of them",
+        )
+    return request
+
+
+def _streams(method: str) -> bool:
+    """Whether CRI answers this method with a stream. Others are known for one by their second message."""
+    name = method.rpartition("/")[2]
+    return name == "GetContainerEvents" or name.startswith("Stream")
+
+
+def _without_agent(metadata: aio.Metadata | None) -> Metadata:
+    """The client's metadata but for user-agent, which grpc fills in itself and refuses to repeat."""
+    return tuple((key, value) for key, value in metadata or () if key != "user-agent")
+
+
+def _upstream_error(error: aio.AioRpcError) -> UpstreamError:
+    trailing = tuple(cast(aio.Metadata, error.trailing_metadata()))
+    return UpstreamError(error.code(), error.details() or "", trailing, tuple(error.initial_metadata()))
+
+
+def _finish(context: _Context, code: grpc.StatusCode, message: str, trailing: Metadata = ()) -> None:
+    context.set_code(code)
+    context.set_details(message or "")
+    if trailing:
+        context.set_trailing_metadata(trailing)
+
+
+# --- The socket -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[Path]:
+    """Yields a path to listen on, and puts it in the place of `path` when the block ends well.
+
+    By the rename a stale socket is replaced without a moment in which there is none. Raises ListenError when `path`
+    is somebody's.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = path.with_name(f".{secrets.token_hex(3)}")
+    if (longest := max(len(os.fsencode(path)), len(os.fsencode(fresh)))) > _LONGEST_PATH:
+        raise ListenError(f"{path} is too long for a socket ({longest} bytes of {_LONGEST_PATH}); use a shorter folder")
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            # Two that start at once would both find the socket stale.
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ListenError(f"Another criproxy is starting in {path.parent}") from None
+        _refuse_live(path)
+        try:
+            yield fresh
+            fresh.rename(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    finally:
+        os.close(folder)
+
+
+def _refuse_live(path: Path) -> None:
+    try:
+        kind = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(kind):
+        raise ListenError(f"{path} exists and isn't a socket; remove it or listen somewhere else")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        if (problem := probe.connect_ex(os.fspath(path))) != errno.ECONNREFUSED:
+            how = "" if problem in (0, errno.EAGAIN) else f" ({os.strerror(problem)})"
+            raise ListenError(f"{path} is in use{how}; stop the process that serves it or listen somewhere else")
