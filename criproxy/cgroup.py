@@ -1,0 +1,267 @@
+"""The control groups of one container, in whichever of the three layouts the machine has.
+
+v1 has a tree per controller, v2 has one tree for all, and a hybrid machine has v1's trees for the controllers and a v2
+tree without any beside them. A container has a folder in each. They are found through `/proc/PID/cgroup` and our own
+mounts, so criproxy has to see the host's cgroup namespace (a DaemonSet: `/sys/fs/cgroup` of the host).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+UNIFIED: Final = ""
+"""The key of the v2 tree among the controllers of v1, as in /proc/PID/cgroup."""
+
+# v2 first, as there all is in one; then those of v1 which every runtime gives a container a folder in.
+_FOR_PROCESSES: Final = (UNIFIED, "pids", "memory", "freezer", "devices", "cpu", "name=systemd")
+
+# How often what is being lifted is lifted: two containers of a pod may be restored at once, and share the pod's folder.
+_lifted: dict[str, tuple[str, int]] = {}
+
+
+@dataclass(frozen=True)
+class Cgroup:
+    """Where a container's processes are accounted for and limited."""
+
+    folders: Mapping[str, Path]
+    """The container's folder by controller (`memory`, `name=systemd`; UNIFIED for v2's tree), where it is mounted."""
+    roots: frozenset[Path]
+    """The topmost folders that we see of these trees. A container that is in one of them isn't limited there."""
+
+    @classmethod
+    def of(cls, pid: int, proc: Path = Path("/proc")) -> Cgroup:
+        """The cgroup that a process is in.
+
+        Raises ProcessLookupError if it is gone, and LookupError if it is in no group of its own or out of our sight.
+        """
+        try:
+            lines = (proc / str(pid) / "cgroup").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            raise ProcessLookupError(f"There is no process {pid}") from None
+        mounts = _mounts((proc / "self/mountinfo").read_text())
+        folders: dict[str, Path] = {}
+        roots: set[Path] = set()
+        for line in lines:
+            _number, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                for top, mountpoint in mounts.get(controller, []):
+                    if (below := _below(top, path)) is not None:
+                        folders[controller] = mountpoint / below
+                        roots.add(mountpoint)
+                        break
+        group = cls(folders, frozenset(roots))
+        if group._processes() is None:
+            raise LookupError(
+                f"Process {pid} has no cgroup of its own in sight. criproxy needs the host's cgroup namespace and the "
+                "host's /sys/fs/cgroup."
+            )
+        return group
+
+    def procs(self) -> list[int]:
+        """The host's numbers of all processes in it and in groups below it. Empty once it is removed."""
+        top = self._processes()
+        found: set[int] = set()
+        for folder, _folders, _files in os.walk(top) if top is not None else ():
+            # 0 stands for a process of another PID namespace. A threaded group (v2) has no list: its parent has it.
+            found.update(int(word) for word in _read(Path(folder) / "cgroup.procs").split() if word != "0")
+        return sorted(found)
+
+    def cpu_usage(self) -> float:
+        """Processor time that was ever used in it, in seconds. It goes on counting over checkpoints."""
+        if folder := self._own("cpuacct"):
+            return _number(folder / "cpuacct.usage") / 1e9
+        if folder := self._own(UNIFIED):
+            return _number(folder / "cpu.stat", "usage_usec") / 1e6
+        return 0.0
+
+    def memory(self) -> int:
+        """Bytes in use, but for file pages that are as good as free: the working set, as `kubectl top` shows it."""
+        if folder := self._own("memory"):
+            used, free = (
+                _number(folder / "memory.usage_in_bytes"),
+                _number(folder / "memory.stat", "total_inactive_file"),
+            )
+        elif folder := self._own(UNIFIED):
+            used, free = _number(folder / "memory.current"), _number(folder / "memory.stat", "inactive_file")
+        else:
+            used, free = 0, 0
+        return max(0, used - free)
+
+    def join_fds(self) -> list[int]:
+        """Descriptors, one for each tree: who writes `0` to all is in the container's groups. The caller closes them.
+
+        Raises OSError if the cgroup is gone.
+        """
+        descriptors: list[int] = []
+        try:
+            # Controllers that are mounted together (cpu,cpuacct) share a folder. A root folder counts too: the writer
+            # may be elsewhere in that tree, the container's processes aren't.
+            for folder in dict.fromkeys(self.folders.values()):
+                descriptors.append(os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
+        except OSError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        return descriptors
+
+    @contextlib.contextmanager
+    def lifted(self, record: Path) -> Iterator[None]:
+        """Without CPU quota, and without v2's rule that one OOM kill ends the whole container (init included).
+
+        That holds for the container's group and for the one around it, the pod's; further up are other pods. What was
+        there is kept in the file `record`, so that `restore_limits(record)` can put it back if we don't live to do it.
+        """
+        entries = self._limits()
+        if not entries:
+            yield
+            return
+        _write_record(record, entries)
+        try:
+            for entry in entries:
+                _lifted[entry.file] = (entry.value, _lifted.get(entry.file, (entry.value, 0))[1] + 1)
+                entry.lift()
+            yield
+        finally:
+            for entry in reversed(entries):
+                value, count = _lifted.pop(entry.file)
+                if count > 1:
+                    _lifted[entry.file] = (value, count - 1)
+                else:
+                    entry.put_back()
+            record.unlink(missing_ok=True)
+
+    def reclaim(self) -> None:
+        """Gives back what the processes leave behind, file pages above all, as far as the kernel can at once.
+
+        Best effort, never an error. Blocks: for some milliseconds with nothing to do, longer with much.
+        """
+        if folder := self._own("memory"):
+            _write(folder / "memory.force_empty", "0")
+        elif folder := self._own(UNIFIED):
+            # More than there is: the kernel takes what it can, and answers EAGAIN.
+            _write(folder / "memory.reclaim", _read(folder / "memory.current") or "0")
+
+    def _own(self, controller: str) -> Path | None:
+        """The container's folder, if it has one of its own in that tree."""
+        folder = self.folders.get(controller)
+        return folder if folder not in self.roots else None
+
+    def _processes(self) -> Path | None:
+        """A folder that lists the container's processes and no others."""
+        return next((folder for controller in _FOR_PROCESSES if (folder := self._own(controller))), None)
+
+    def _limits(self) -> list[_Limit]:
+        """The limits to lift, the outer ones first."""
+        found = []
+        for controller, file, free in (
+            ("cpu", "cpu.cfs_quota_us", "-1"),
+            (UNIFIED, "cpu.max", "max"),
+            (UNIFIED, "memory.oom.group", "0"),
+        ):
+            if (folder := self._own(controller)) is None:
+                continue
+            for level in (folder.parent, folder):
+                path = str(level / file)
+                value = _lifted[path][0] if path in _lifted else _read(level / file)
+                if value and value.split()[0] != free and level not in self.roots:
+                    found.append(_Limit(path, value, free))
+        return found
+
+
+def restore_limits(record: Path) -> None:
+    """Puts back what a `lifted()` that was interrupted has left in its record. Does nothing if there is none."""
+    try:
+        entries = [_Limit(**entry) for entry in json.loads(record.read_text())]
+    except FileNotFoundError:
+        return
+    for entry in reversed(entries):
+        entry.put_back()
+    record.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    file: str
+    value: str
+    """What it was."""
+    free: str
+    """What stands for no limit. The kernel may add to it (`max` reads as `max 100000`)."""
+
+    def lift(self) -> None:
+        _write(Path(self.file), self.free)
+
+    def put_back(self) -> None:
+        """Unless someone (kubelet: UpdateContainerResources) has set another one meanwhile, or the cgroup is gone."""
+        if _read(Path(self.file)).split()[:1] == [self.free]:
+            _write(Path(self.file), self.value)
+
+
+def _write_record(record: Path, entries: list[_Limit]) -> None:
+    """No fsync: it has to outlive us, not the kernel, whose cgroups are gone after a power failure."""
+    new = record.with_name(record.name + ".new")
+    new.write_text(json.dumps([vars(entry) for entry in entries]))
+    new.rename(record)
+
+
+def _mounts(mountinfo: str) -> dict[str, list[tuple[str, Path]]]:
+    """Where each controller's tree is mounted, and which part of it: see proc(5)."""
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for line in mountinfo.splitlines():
+        before, _dash, after = line.partition(" - ")
+        top, mountpoint = (_unescaped(field) for field in before.split()[3:5])
+        kind, _source, options = after.split(" ", 2)
+        if kind == "cgroup2":
+            found.setdefault(UNIFIED, []).append((top, Path(mountpoint)))
+        elif kind == "cgroup":
+            for option in options.split(","):
+                found.setdefault(option, []).append((top, Path(mountpoint)))
+    return found
+
+
+def _below(top: str, path: str) -> str | None:
+    """The part of a cgroup's path under the part of the tree that is mounted; None if it is outside of that."""
+    if path.startswith("/.."):  # outside of our own cgroup namespace
+        return None
+    if top == "/":
+        return path.lstrip("/")
+    if path == top or path.startswith(top + "/"):
+        return path[len(top) :].lstrip("/")
+    return None
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _read(path: Path) -> str:
+    """Empty if there is no such file: another version, a controller that isn't on, or a cgroup that is gone."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _number(path: Path, key: str | None = None) -> int:
+    """The number in a file, or the one after `key` in a file of `key number` lines; 0 if there is none."""
+    found = re.search(r"^(\d+)" if key is None else rf"^{key} (\d+)$", _read(path), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _write(path: Path, value: str) -> None:
+    """As far as it goes: a limit that can't be lifted makes a restore slow, and no more."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, value.encode())
+        finally:
+            os.close(descriptor)
+
+
+__all__ = ["UNIFIED", "Cgroup", "restore_limits"]
