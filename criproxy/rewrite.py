@@ -1,0 +1,316 @@
+"""What criproxy changes in CRI messages: functions from bytes to bytes.
+
+A message that needs no change is returned as the very object that came in, so that what is forwarded is what kubelet
+sent. In one that is changed, fields which api/cri.proto doesn't know stay as they were.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from google.protobuf.message import DecodeError, Message
+
+from criproxy.api import cri_pb2
+from criproxy.containerd import Configuration
+from criproxy.policy import HANDLER, Init, Policy, Tier
+from criproxy.seccomp import Profiles
+
+# Where the bundle and CRIU's knowledge of the kernel are found in a container. The second is CRIU's own choice.
+BUNDLE_PATH = "/.criproxy"
+KDAT_PATH = "/run/criu.kdat"
+INIT_PATH = f"{BUNDLE_PATH}/init"
+# What containerd's oci.WithDefaultPathEnv sets where neither image nor pod does.
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+MPTCP_SYSCTL = "net.mptcp.enabled"
+
+
+class Unsupported(Exception):
+    """The container must run untouched; `reason` says why, for `criproxy status`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+# --- The handler `zeropod` --------------------------------------------------------------------------------------
+
+_IMAGE_CALLS: dict[str, type[Message]] = {
+    "PullImage": cri_pb2.PullImageRequest,
+    "ImageStatus": cri_pb2.ImageStatusRequest,
+    "RemoveImage": cri_pb2.RemoveImageRequest,
+    "ListImages": cri_pb2.ListImagesRequest,
+}
+
+
+def sandbox(request: bytes, *, mptcp_off: bool = False) -> bytes:
+    """RunPodSandbox of a pod that opted in: the handler `zeropod` becomes the default one.
+
+    `mptcp_off` (only where the kernel has MPTCP) turns it off in the pod's network namespace, before anything runs
+    there: CRIU can't dump the MPTCP sockets on which every Go server listens. A pod that sets it itself keeps its own.
+    """
+    message = cri_pb2.RunPodSandboxRequest.FromString(request)
+    changed = False
+    if message.runtime_handler == HANDLER:
+        message.runtime_handler = ""
+        changed = True
+    linux = message.config.linux
+    # runc refuses sysctls of the network for a pod that uses the host's.
+    host_network = linux.security_context.namespace_options.network == cri_pb2.NODE
+    if mptcp_off and message.HasField("config") and not host_network and MPTCP_SYSCTL not in linux.sysctls:
+        linux.sysctls[MPTCP_SYSCTL] = "0"
+        changed = True
+    return message.SerializeToString() if changed else request
+
+
+def image(method: str, request: bytes) -> bytes:
+    """A request of ImageService: the handler `zeropod` becomes the default one.
+
+    kubelet names the pod's handler in them from 1.29 on. `method` is the bare name, such as "PullImage"; requests of
+    other methods carry no handler and are returned as they are.
+    """
+    kind = _IMAGE_CALLS.get(method)
+    # Nearly all requests are done here. (PullImage has the pod's annotations, which may hold the word as well.)
+    if kind is None or HANDLER.encode() not in request:
+        return request
+    message = kind()
+    try:
+        message.ParseFromString(request)
+    except DecodeError:
+        return request  # containerd says what is wrong with it
+    if isinstance(message, cri_pb2.ListImagesRequest):
+        return _without_handler(request, message, [message.filter.image])
+    assert isinstance(message, (cri_pb2.PullImageRequest, cri_pb2.ImageStatusRequest, cri_pb2.RemoveImageRequest))
+    return _without_handler(request, message, [message.image])
+
+
+def _without_handler(request: bytes, message: Message, images: Iterable[cri_pb2.ImageSpec]) -> bytes:
+    changed = False
+    for spec in images:
+        if spec.runtime_handler == HANDLER:
+            spec.runtime_handler = ""
+            changed = True
+    return message.SerializeToString() if changed else request
+
+
+def container_handler(request: bytes) -> bytes:
+    """CreateContainer, also of a container that isn't covered: the handler `zeropod` in its image and in its image
+    volumes becomes the default one."""
+    if HANDLER.encode() not in request:
+        return request
+    message = cri_pb2.CreateContainerRequest.FromString(request)
+    images = [message.config.image, *(mount.image for mount in message.config.mounts)]
+    return _without_handler(request, message, images)
+
+
+def status(response: bytes) -> bytes:
+    """The answer to Status: kubelet looks a pod's handler up in `runtime_handlers` (1.30 and later), so `zeropod` gets
+    an entry with the default handler's features.
+
+    A runtime that lists no handlers (containerd 1.x) or has a `zeropod` of its own is left alone.
+    """
+    message = cri_pb2.StatusResponse.FromString(response)
+    handlers = {handler.name: handler for handler in message.runtime_handlers}
+    if not handlers or HANDLER in handlers:
+        return response
+    entry = message.runtime_handlers.add()
+    if "" in handlers:
+        entry.CopyFrom(handlers[""])
+    entry.name = HANDLER
+    return message.SerializeToString()
+
+
+# --- Containers -------------------------------------------------------------------------------------------------
+
+
+def argv(config: cri_pb2.ContainerConfig, entrypoint: Sequence[str], cmd: Sequence[str]) -> list[str]:
+    """What the container would run: CRI's rules, as in containerd's `WithProcessArgs` (the same from 1.6 to 2.x).
+
+    `command` replaces the image's ENTRYPOINT and drops its CMD; `args` alone replace its CMD. Empty if nothing is left.
+    """
+    if config.command:
+        return [*config.command, *config.args]
+    # An ENTRYPOINT of one empty string is how some builders write "none".
+    before = [] if list(entrypoint) == [""] else list(entrypoint)
+    return before + (list(config.args) or list(cmd))
+
+
+def path_env(config: cri_pb2.ContainerConfig, image_env: Iterable[str]) -> str:
+    """The PATH that the container's command is looked up in: the pod's, else the image's, else containerd's default."""
+    result = DEFAULT_PATH
+    for line in image_env:
+        name, _, value = line.partition("=")
+        if name == "PATH":
+            result = value
+    for pair in config.envs:
+        if pair.key == "PATH":
+            result = pair.value.decode(errors="surrogateescape")
+    return result
+
+
+def container(
+    request: bytes,
+    *,
+    policy: Policy,
+    entrypoint: Sequence[str],
+    cmd: Sequence[str],
+    bundle: Path,
+    kdat: Path | None,
+    profiles: Profiles,
+    runtime: Configuration | None,
+    handler: str = "",
+) -> bytes:
+    """CreateContainer of a container that the policy covers: PID 1 becomes our init, which starts the real command.
+
+    `entrypoint` and `cmd` are the image's; `bundle` and `kdat` paths on the host (without `kdat`, nothing is mounted
+    at /run); `runtime` is containerd's configuration, if known, and `handler` the pod's as containerd was given it.
+
+    Raises `Unsupported` if the container must run as it is. Only when it doesn't may a file be written, by `profiles`.
+    """
+    message = cri_pb2.CreateContainerRequest.FromString(request)
+    config = message.config
+    command = argv(config, entrypoint, cmd)
+    _check_policy(policy, command)
+    _check_pod(config, runtime, handler)
+    _check_mounts(config, with_kdat=kdat is not None)
+
+    _refuse_io_uring(config.linux.security_context, profiles, runtime, handler)
+    for spec in (config.image, *(mount.image for mount in config.mounts)):
+        if spec.runtime_handler == HANDLER:
+            spec.runtime_handler = ""
+    config.mounts.add(container_path=BUNDLE_PATH, host_path=str(bundle), readonly=True)
+    if kdat is not None:
+        config.mounts.add(container_path=KDAT_PATH, host_path=str(kdat), readonly=True)
+    config.command[:] = [INIT_PATH]
+    config.args[:] = ["--", *command]
+    return message.SerializeToString()
+
+
+def _check_policy(policy: Policy, command: Sequence[str]) -> None:
+    if not command or not command[0]:
+        raise Unsupported("neither the pod nor the image names a command")
+    if policy.init is Init.NEVER:
+        raise Unsupported("criproxy.io/init: never keeps criproxy's init out, and the freezer tier isn't there yet")
+    if policy.tier is Tier.FREEZE:
+        raise Unsupported("it is to be frozen instead of checkpointed, and the freezer tier isn't there yet")
+    insisting = pid_1_only(command)
+    if insisting and policy.init is Init.AUTO:
+        raise Unsupported(
+            f"{insisting} must be PID 1 itself, and the freezer tier isn't there yet (criproxy.io/init: always if it "
+            "needn't be)"
+        )
+
+
+# s6-overlay's /init, sysvinit, systemd, busybox and openrc: each refuses to work, or works as something else, when it
+# isn't PID 1.
+_INIT_PATHS = frozenset({"init", "linuxrc", *(f"{folder}/init" for folder in ("", "/bin", "/sbin", "/usr/bin")),
+                         "/usr/sbin/init", "/etc/init", "/linuxrc"})  # fmt: skip
+_INIT_NAMES = frozenset({"systemd", "runit", "runit-init", "openrc-init", "s6-linux-init"})
+# Inits that don't mind, and whose child isn't PID 1 without us either.
+_SMALL_INITS = frozenset({"tini", "tini-static", "dumb-init", "catatonit", "docker-init"})
+
+
+def pid_1_only(command: Sequence[str]) -> str | None:
+    """The word of a command that is known to insist on being PID 1, or None.
+
+    Every word is looked at: an entrypoint script ends in `exec "$@"` more often than not.
+    """
+    if _base_name(command[0]) in _SMALL_INITS:
+        return None
+    if _base_name(command[0]) == "busybox" and list(command[1:2]) == ["init"]:
+        return "busybox init"
+    for position, word in enumerate(command):
+        absolute = word.startswith("/")
+        if word in _INIT_PATHS and (absolute or position == 0):
+            return word
+        if _base_name(word) in _INIT_NAMES and (absolute or position == 0):
+            return word
+    return None
+
+
+def _base_name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _check_pod(config: cri_pb2.ContainerConfig, runtime: Configuration | None, handler: str) -> None:
+    if config.tty:
+        raise Unsupported("it has a terminal (tty), which can't be checkpointed")
+    namespaces = config.linux.security_context.namespace_options
+    if namespaces.pid == cri_pb2.NODE:
+        raise Unsupported("it uses the host's PID namespace (hostPID)")
+    if namespaces.pid == cri_pb2.TARGET:
+        raise Unsupported("it uses another container's PID namespace, as ephemeral containers do")
+    # POD is what a request without namespace options means, too; crictl sends such.
+    if namespaces.pid != cri_pb2.CONTAINER:
+        raise Unsupported("its PID namespace is shared by the whole pod (shareProcessNamespace)")
+    if namespaces.network == cri_pb2.NODE:
+        raise Unsupported("it uses the host's network (hostNetwork), where packets can't be held back for it alone")
+    if namespaces.HasField("userns_options") and namespaces.userns_options.mode == cri_pb2.POD:
+        raise Unsupported("it has a user namespace (hostUsers: false)")
+    if runtime is not None:
+        found = runtime.runtime(handler)
+        if found is not None and not found.is_runc:
+            raise Unsupported(f"its runtime {found.type} isn't runc, and keeps processes out of the host's sight")
+
+
+def _check_mounts(config: cri_pb2.ContainerConfig, *, with_kdat: bool) -> None:
+    ours = [PurePosixPath(BUNDLE_PATH)]
+    if with_kdat:
+        # Most images have /var/run as a symbolic link to /run.
+        ours += [PurePosixPath(KDAT_PATH), PurePosixPath("/var" + KDAT_PATH)]
+    for mount in config.mounts:
+        theirs = PurePosixPath(posixpath.normpath("/" + mount.container_path.lstrip("/")))
+        for path in ours:
+            # Below: it would hide ours. Above: our mount point would be made in the pod's volume.
+            if path.is_relative_to(theirs) or theirs.is_relative_to(path):
+                raise Unsupported(f"its volume at {mount.container_path} is where {path} has to be")
+
+
+# --- Seccomp ----------------------------------------------------------------------------------------------------
+
+# The forms of the deprecated seccomp_profile_path (containerd's `generateSecurityProfile`).
+_LOCALHOST = "localhost/"
+_UNCONFINED = "unconfined"
+
+
+def _refuse_io_uring(
+    context: cri_pb2.LinuxContainerSecurityContext, profiles: Profiles, runtime: Configuration | None, handler: str
+) -> None:
+    """Puts a profile that refuses io_uring in the place of none and of a file's; RuntimeDefault can't be extended."""
+    if context.privileged:  # containerd gives it no profile, whatever it asks for
+        return
+    path = context.seccomp_profile_path
+    if context.HasField("seccomp"):  # then containerd doesn't look at the path
+        profile = context.seccomp
+        if profile.profile_type == cri_pb2.SecurityProfile.Localhost:
+            # containerd trims the prefix here as well, "just in case".
+            replacement = profiles.merged(Path(profile.localhost_ref.removeprefix(_LOCALHOST)))
+        elif profile.profile_type == cri_pb2.SecurityProfile.Unconfined:
+            replacement = _allow_all(profiles, runtime, handler, unset=False)
+        else:
+            replacement = None
+    elif path.startswith(_LOCALHOST):
+        replacement = profiles.merged(Path(path.removeprefix(_LOCALHOST)))
+        if replacement is not None:
+            context.seccomp_profile_path = f"{_LOCALHOST}{replacement}"
+        return
+    elif path in ("", _UNCONFINED):
+        replacement = _allow_all(profiles, runtime, handler, unset=path == "")
+    else:
+        replacement = None
+    if replacement is not None:
+        # In the newer field, which containerd 1.6 and later prefer; there, it is just a path.
+        context.seccomp.profile_type = cri_pb2.SecurityProfile.Localhost
+        context.seccomp.localhost_ref = str(replacement)
+
+
+def _allow_all(profiles: Profiles, runtime: Configuration | None, handler: str, *, unset: bool) -> Path | None:
+    """A profile for a container that has none; None where the operator may have given it one behind the request's
+    back, in the place of which "allow all" would be a hole."""
+    found = None if runtime is None else runtime.runtime(handler)
+    if runtime is None or found is None or found.has_base_spec:
+        return None
+    if unset and runtime.unset_seccomp_profile not in ("", _UNCONFINED):
+        return None
+    return profiles.allow_all()
