@@ -97,6 +97,7 @@ def build(criu_root: Path, libexec: Path, state_dir: Path) -> Bundle:
     A bundle with the same content is taken as it is. Raises BundleError if there is no CRIU, if a part is missing, or
     if `criu check` says that it doesn't work with this kernel.
     """
+    criu_root, state_dir = criu_root.absolute(), state_dir.absolute()
     needs_prlimit = not _has_capability(CAP_SYS_RESOURCE)
     content = _ours(libexec, needs_prlimit) | _criu(criu_root)
     with _locked(state_dir):

@@ -84,12 +84,11 @@ class Cgroup:
     def memory(self) -> int:
         """Bytes in use, but for file pages that are as good as free: the working set, as `kubectl top` shows it."""
         if folder := self._own("memory"):
-            used, free = (
-                _number(folder / "memory.usage_in_bytes"),
-                _number(folder / "memory.stat", "total_inactive_file"),
-            )
+            used = _number(folder / "memory.usage_in_bytes")
+            free = _number(folder / "memory.stat", "total_inactive_file")
         elif folder := self._own(UNIFIED):
-            used, free = _number(folder / "memory.current"), _number(folder / "memory.stat", "inactive_file")
+            used = _number(folder / "memory.current")
+            free = _number(folder / "memory.stat", "inactive_file")
         else:
             used, free = 0, 0
         return max(0, used - free)
