@@ -1,0 +1,417 @@
+"""The state machine of one container: when it is scaled down, and how it comes back.
+
+It alone owns the state. Everybody else sends it events (`wake`, `packet`, `exited`) or asks for it to stay
+awake (`awake`). What it does to the world goes through two collaborators, so that it can be tested without
+root: the `Workload` (processes, checkpoint) and the `Gate` (the container's share of its pod's network).
+
+    starting -> running -> parking -> checkpointing -> scaled_down -> restoring -> running
+                   ^          |             |                             |
+                   +----------+-------------+  in doubt, it runs          +-> started afresh
+
+`disabled` containers have no state machine: they run as they would without criproxy, and say why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from criproxy.checkpoint import AttributesChanged, CheckpointError, RestoreError
+from criproxy.policy import Tier
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 0.25
+"""How long parking waits for handshakes to end and accept queues to empty, while new SYNs are parked."""
+
+RESTORE_ATTEMPTS = 3
+LISTEN_SECONDS = 60.0
+"""How long packets stay parked for an application that was started afresh and doesn't listen yet."""
+
+BACKOFF_SECONDS = (5.0, 3600.0)
+"""After a checkpoint that failed: the first pause, doubled at each further failure, and the longest."""
+
+BUSY_POLL_SECONDS = (0.05, 1.0)
+"""How soon a container that was idle but busy in another way is looked at again: its duration, within these."""
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    RUNNING = "running"
+    PARKING = "parking"
+    CHECKPOINTING = "checkpointing"
+    SCALED_DOWN = "scaled_down"
+    RESTORING = "restoring"
+    DISABLED = "disabled"
+    EXITED = "exited"
+
+
+AWAKE = (State.STARTING, State.RUNNING, State.DISABLED, State.EXITED)
+"""The states in which nothing of ours is in the way of whoever wants the container."""
+
+
+@dataclass
+class Record:
+    """What is known of a container and kept on disk, so that a restarted daemon carries on from it.
+
+    Times are seconds: `since` and `last_activity` since the epoch, the others durations.
+    """
+
+    id: str
+    sandbox_id: str
+    namespace: str
+    pod: str
+    name: str
+    state: State = State.STARTING
+    since: float = field(default_factory=time.time)
+    reason: str = ""
+    """Why it isn't scaled down, when something other than activity is in the way."""
+    pid: int = 0
+    """Of the container's init, on the host."""
+    start_time: int = 0
+    """Of that process (/proc/PID/stat, field 22), so that a recycled pid isn't taken for it."""
+    slot: int | None = None
+    """Which slot of its pod's network hook is this container's."""
+    stop_signal: str = "SIGTERM"
+    checkpoints: int = 0
+    restores: int = 0
+    last_checkpoint_seconds: float | None = None
+    last_restore_seconds: float | None = None
+    checkpoint_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Record:
+        return cls(**{**data, "state": State(data["state"])})
+
+
+class Workload(Protocol):
+    """The container's processes. Paths, pids and CRIU are its business."""
+
+    async def find(self) -> None:
+        """Waits until the application runs (its main process exists)."""
+
+    def visitors(self) -> str | None:
+        """Processes in the container that aren't the application's (`kubectl exec`), in words, or None."""
+
+    def cpu_usage(self) -> float: ...
+
+    def memory(self) -> int: ...
+
+    async def dump(self) -> int:
+        """Checkpoints the processes and ends them. Returns the size in bytes. Raises CheckpointError."""
+
+    async def restore(self) -> None:
+        """Raises RestoreError; what a failed attempt left is gone then."""
+
+    async def verify(self) -> None:
+        """Raises AttributesChanged if a restored thread's confinement isn't what it was."""
+
+    async def end(self) -> None:
+        """Ends the application and its processes, but not the container."""
+
+    async def start_afresh(self) -> None:
+        """Starts the container's command anew in the living container, after `end` or a failed restore."""
+
+    async def rescue(self) -> None:
+        """Whatever happened before: keeps the application if its processes are there, else starts it afresh."""
+
+    def discard(self) -> None:
+        """Deletes the checkpoint."""
+
+
+class Gate(Protocol):
+    """The container's share of its pod's network."""
+
+    def last_activity(self) -> float:
+        """Monotonic seconds (CLOCK_MONOTONIC) of the last packet that counts, 0.0 if there was none."""
+
+    def park_new(self) -> None:
+        """From now on new connections are parked; what is established goes on."""
+
+    def park_all(self) -> None:
+        """From now on every packet for the container is parked."""
+
+    def unsettled(self) -> str | None:
+        """A handshake, an unaccepted connection or unacknowledged data, in words, or None."""
+
+    def silent(self) -> str | None:
+        """Why no packet could wake the container: it doesn't listen (yet), or None."""
+
+    def wanted(self) -> bool:
+        """Whether a parked packet asks for the container."""
+
+    def open(self) -> None:
+        """Delivers what is parked, in order, and lets everything pass."""
+
+
+class Container:
+    def __init__(
+        self,
+        record: Record,
+        workload: Workload,
+        gate: Gate,
+        *,
+        duration: float,
+        tier: Tier = Tier.CHECKPOINT,
+        cpu_activity: float = 0.05,
+        save: Callable[[Record], None],
+    ) -> None:
+        """`duration`: seconds without activity before a scale-down, 0 = never. `cpu_activity`: share of a core."""
+        self.record = record
+        self._workload = workload
+        self._gate = gate
+        self._duration = duration
+        self._tier = tier
+        self._cpu_activity = cpu_activity
+        self._save = save
+        self._changed = asyncio.Condition()
+        self._wanted = asyncio.Event()
+        self._holders: list[str] = []
+        self._active = time.monotonic()
+        self._cpu_sample = (self._active, 0.0)
+        self._failures = 0
+        self._retry_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    # --- events --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins (or, for an adopted container, resumes) the life of the container."""
+        self._task = asyncio.create_task(self._live(), name=f"container {self.record.id[:13]}")
+
+    def packet(self) -> None:
+        """A parked packet asks for the container."""
+        self._wanted.set()
+
+    async def exited(self) -> None:
+        """The container's init is gone: whatever was under way ends, and nothing is kept."""
+        await self.close()
+        self._workload.discard()
+        await self._enter(State.EXITED)
+
+    async def close(self) -> None:
+        """Ends the state machine and leaves the container as it is (the daemon stops)."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    @contextlib.asynccontextmanager
+    async def awake(self, why: str) -> AsyncIterator[None]:
+        """The container runs, and stays up until the context is left. `why` is shown as the reason."""
+        self._holders.append(why)
+        self._wanted.set()
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.record.state in AWAKE)
+            yield
+        finally:
+            self._holders.remove(why)
+            self._active = time.monotonic()
+
+    # --- what others may know ------------------------------------------------------------------------------
+
+    def last_activity(self) -> float:
+        """Monotonic seconds."""
+        return max(self._active, self._gate.last_activity())
+
+    def memory(self) -> int:
+        return self._workload.memory()
+
+    def reason(self) -> str:
+        """Why the container isn't scaled down, in a sentence for people; empty when it is."""
+        if self.record.state in (State.SCALED_DOWN, State.EXITED):
+            return ""
+        if self.record.state is State.RUNNING:
+            if self._duration == 0:
+                return "scaledown-duration is 0: never"
+            if self._holders:
+                return f"{self._holders[0]} is under way"
+            if not self.record.reason:
+                idle = time.monotonic() - self.last_activity()
+                return f"last activity {idle:.1f} s ago, scales down after {self._duration:g} s"
+        return self.record.reason
+
+    # --- the life ------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        try:
+            if self.record.state is State.STARTING:
+                await self._workload.find()
+                await self._enter(State.RUNNING)
+            elif self.record.state is State.RUNNING:
+                # Adopted: a daemon that died while it parked has left the gate closed.
+                self._gate.open()
+            while True:
+                # An adopted container may begin anywhere in here.
+                if self.record.state is State.RUNNING:
+                    await self._until_idle()
+                    if not await self._park():
+                        continue
+                    if not await self._scale_down():
+                        continue
+                await self._until_wanted()
+                await self._bring_back()
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            # A bug of ours must not take a container with it: it is left running and no longer touched.
+            log.exception("%s: internal error, it is no longer scaled down", self)
+            if self.record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
+                await self._workload.rescue()
+            self._gate.open()
+            self.record.reason = "internal error of criproxy, see its log"
+            await self._enter(State.DISABLED)
+
+    async def _enter(self, state: State, reason: str = "") -> None:
+        log.debug("%s: %s -> %s %s", self, self.record.state, state, reason)
+        self.record.state = state
+        self.record.since = time.time()
+        if reason or state is not State.DISABLED:
+            self.record.reason = reason
+        self._save(self.record)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _until_idle(self) -> None:
+        """Running. Returns when the container has been idle for its duration and nothing else is in the way."""
+        if self._duration == 0:
+            await asyncio.Event().wait()
+        self._cpu_sample = (time.monotonic(), self._workload.cpu_usage())
+        self._wanted.clear()
+        while True:
+            now = time.monotonic()
+            due = max(self.last_activity() + self._duration, self._retry_at)
+            if due > now:
+                self._cpu_sample = (now, self._workload.cpu_usage())
+                await asyncio.sleep(due - now)
+                continue
+            busy = self._busy()
+            if busy is None:
+                self.record.reason = ""
+                return
+            self.record.reason = busy
+            await asyncio.sleep(min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1]))
+
+    def _busy(self) -> str | None:
+        """What other than traffic is in the way of a scale-down, or None."""
+        if self._holders:
+            return f"{self._holders[0]} is under way"
+        now = time.monotonic()
+        began, used = self._cpu_sample
+        usage = self._workload.cpu_usage()
+        share = (usage - used) / (now - began) if now > began else 0.0
+        if share > self._cpu_activity:
+            self._active = now
+            return f"uses {share:.0%} of a core (more than {self._cpu_activity:.0%} counts as activity)"
+        return self._workload.visitors() or self._gate.silent()
+
+    async def _park(self) -> bool:
+        """Closes the gate in two steps, so that no connection falls between kernel and checkpoint."""
+        await self._enter(State.PARKING)
+        idle_since = self.last_activity()
+        self._gate.park_new()
+        deadline = time.monotonic() + HANDSHAKE_SECONDS
+        while (unsettled := self._gate.unsettled()) and time.monotonic() < deadline and not self._wanted.is_set():
+            await asyncio.sleep(0.005)
+        if not unsettled:
+            self._gate.park_all()
+            # Packets that came in before the gate was shut have left their traces by now.
+            unsettled = self._gate.unsettled()
+        if unsettled or self._wanted.is_set() or self.last_activity() > idle_since:
+            self._gate.open()
+            await self._enter(State.RUNNING, unsettled or "")
+            return False
+        return True
+
+    async def _scale_down(self) -> bool:
+        await self._enter(State.CHECKPOINTING)
+        began = time.monotonic()
+        try:
+            if self._tier is Tier.RESTART:
+                await self._workload.end()
+            else:
+                self.record.checkpoint_bytes = await self._workload.dump()
+        except CheckpointError as error:
+            pause = min(max(BACKOFF_SECONDS[0], self._duration) * 2**self._failures, BACKOFF_SECONDS[1])
+            self._failures += 1
+            self._retry_at = time.monotonic() + pause
+            log.warning("%s: checkpoint failed, it goes on running, next try in %.0f s: %s", self, pause, error)
+            self._gate.open()
+            await self._enter(State.RUNNING, f"checkpoint failed, next try in {pause:.0f} s: {error}")
+            return False
+        self._failures = 0
+        self.record.checkpoints += 1
+        self.record.last_checkpoint_seconds = time.monotonic() - began
+        await self._enter(State.SCALED_DOWN)
+        log.info(
+            "%s: scaled down in %.0f ms, %.1f MiB",
+            self, self.record.last_checkpoint_seconds * 1e3, self.record.checkpoint_bytes / 2**20,
+        )  # fmt: skip
+        return True
+
+    async def _until_wanted(self) -> None:
+        while not self._holders and not self._gate.wanted():
+            self._wanted.clear()
+            await self._wanted.wait()
+
+    async def _bring_back(self) -> None:
+        """From the checkpoint, else afresh; either way the container runs in the end and the gate is open."""
+        began = time.monotonic()
+        await self._enter(State.RESTORING)
+        reason = ""
+        if self._tier is Tier.RESTART:
+            await self._start_afresh()
+        else:
+            reason = await self._restore()
+        self._gate.open()
+        self._active = time.monotonic()
+        self.record.restores += 1
+        self.record.last_restore_seconds = self._active - began
+        self.record.checkpoint_bytes = 0
+        await self._enter(State.RUNNING, reason)
+        log.info("%s: running again after %.1f ms", self, self.record.last_restore_seconds * 1e3)
+        self._workload.discard()
+        if self._tier is not Tier.RESTART and not reason:
+            try:
+                await self._workload.verify()
+            except AttributesChanged as error:
+                log.error("%s: ended and started afresh, state was lost: %s", self, error)
+                self._gate.park_all()
+                await self._workload.end()
+                await self._start_afresh()
+                self._gate.open()
+                self.record.reason = f"started afresh, its state was lost: {error}"
+
+    async def _restore(self) -> str:
+        """Returns what has to be told if the application had to be started afresh."""
+        for attempt in range(1, RESTORE_ATTEMPTS + 1):
+            try:
+                await self._workload.restore()
+                return ""
+            except RestoreError as error:
+                log.error("%s: restore failed (attempt %d of %d): %s", self, attempt, RESTORE_ATTEMPTS, error)
+                failure = str(error)
+        log.error("%s: started afresh, the state in the checkpoint is lost", self)
+        await self._start_afresh()
+        return f"started afresh, its state was lost: restore failed: {failure}"
+
+    async def _start_afresh(self) -> None:
+        await self._workload.start_afresh()
+        deadline = time.monotonic() + LISTEN_SECONDS
+        while (silent := self._gate.silent()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        if silent:
+            log.warning("%s: %s after %.0f s; parked packets are delivered all the same", self, silent, LISTEN_SECONDS)
+
+    def __str__(self) -> str:
+        return f"{self.record.namespace}/{self.record.pod}/{self.record.name} ({self.record.id[:13]})"

@@ -1,0 +1,91 @@
+"""The daemon's own socket (api/control.proto): who answers it, and how the commands ask it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc import aio
+
+from criproxy.api import control_pb2 as api
+from criproxy.container import State
+from criproxy.listen import Listener
+from criproxy.node import Node
+from criproxy.sandbox import Member
+
+_SERVICE = "criproxy.control.v1.Control"
+TIMEOUT = 10.0
+"""Seconds that a command waits for the daemon."""
+
+
+class ControlError(Exception):
+    """The daemon can't be asked. A sentence for people, with a hint."""
+
+
+class ControlServer(Listener):
+    """Answers from what the node knows. `async with ControlServer(path, node):` serves until the block ends."""
+
+    def __init__(self, path: Path, node: Node) -> None:
+        async def status(request: api.StatusRequest, context: aio.ServicerContext[api.StatusRequest, object]) -> object:
+            return _status(node)
+
+        methods = {
+            "Status": grpc.unary_unary_rpc_method_handler(
+                status,
+                request_deserializer=api.StatusRequest.FromString,
+                response_serializer=api.StatusResponse.SerializeToString,
+            )
+        }
+        super().__init__(path, [grpc.method_handlers_generic_handler(_SERVICE, methods)])
+
+
+def ask_status(path: Path) -> list[api.ContainerStatus]:
+    """What `criproxy status` shows. Raises ControlError."""
+    with grpc.insecure_channel(f"unix://{path}") as channel:
+        call = channel.unary_unary(
+            f"/{_SERVICE}/Status",
+            request_serializer=api.StatusRequest.SerializeToString,
+            response_deserializer=api.StatusResponse.FromString,
+        )
+        try:
+            return list(call(api.StatusRequest(), timeout=TIMEOUT).containers)
+        except grpc.RpcError as error:
+            raise ControlError(
+                f"The daemon doesn't answer at {path}: {error.details()}. Is it running (systemctl status criproxy), "
+                "and is this its --control socket?"
+            ) from None
+
+
+def _status(node: Node) -> api.StatusResponse:
+    members = sorted(node.members(), key=lambda m: (m.record.namespace, m.record.pod, m.record.name))
+    return api.StatusResponse(containers=[_container(m) for m in members if m.record.state is not State.EXITED])
+
+
+def _container(member: Member) -> api.ContainerStatus:
+    record = member.record
+    answer = api.ContainerStatus(
+        namespace=record.namespace,
+        pod=record.pod,
+        container=record.name,
+        container_id=record.id,
+        state=record.state.value,
+        since=_timestamp(record.since),
+        checkpoint_bytes=record.checkpoint_bytes,
+        checkpoints=record.checkpoints,
+        restores=record.restores,
+        last_checkpoint_seconds=record.last_checkpoint_seconds,
+        last_restore_seconds=record.last_restore_seconds,
+        reason=record.reason,
+    )
+    if member.container is not None:
+        # Packets are timed by the kernel's monotonic clock, people want the time of day.
+        answer.last_activity.CopyFrom(_timestamp(time.time() - (time.monotonic() - member.container.last_activity())))
+        answer.memory_bytes = member.container.memory()
+        answer.reason = member.container.reason()
+    return answer
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

@@ -1,0 +1,76 @@
+"""`criproxy serve`: puts the parts together and runs them until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from criproxy import bpf, bundle
+from criproxy.checkpoint import Criu
+from criproxy.config import Config
+from criproxy.control import ControlServer
+from criproxy.interceptors import Interceptors
+from criproxy.node import Node
+from criproxy.proxy import Proxy
+from criproxy.runtime import Runtime
+from criproxy.seccomp import Profiles
+
+log = logging.getLogger(__name__)
+
+LIBEXEC = Path(__file__).parent / "libexec"
+
+
+async def serve(config: Config) -> None:
+    """Serves until SIGTERM or SIGINT. Scaled-down containers stay so; the next daemon carries on.
+
+    Raises BundleError, BpfError or ListenError if it can't begin.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+
+    config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    pins = config.run_dir / "bpf"
+    if not bpf.is_bpffs(pins):
+        bpf.mount_bpffs(pins)
+    prepared = await asyncio.to_thread(
+        bundle.prepare, LIBEXEC, config.state_dir, criu_root=None if config.criu_root == Path("/") else config.criu_root
+    )
+    log.info("CRIU %s in %s", prepared.version, prepared.path)
+
+    node = Node(config, Criu(prepared), pins)
+    async with contextlib.AsyncExitStack() as stack:
+        runtime = await stack.enter_async_context(Runtime(str(config.runtime_endpoint)))
+        profiles = Profiles(config.state_dir / "seccomp")
+        interceptors = Interceptors(config, node, runtime, prepared, profiles)
+        stack.push_async_callback(node.close)
+        stack.push_async_callback(interceptors.close)
+        await node.adopt()
+        await stack.enter_async_context(ControlServer(config.control, node))
+        await stack.enter_async_context(
+            Proxy(str(config.listen), str(config.runtime_endpoint), interceptors.by_method())
+        )
+        log.info("serving CRI on %s for %s", config.listen, config.runtime_endpoint)
+        _notify("READY=1")
+        await stop.wait()
+        _notify("STOPPING=1")
+        log.info("stopping; containers stay as they are")
+
+
+def _notify(state: str) -> None:
+    """Tells systemd (sd_notify(3)), if it started us with Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    # An abstract socket's name begins with a zero byte, which the environment can't hold.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
+        with contextlib.suppress(OSError):
+            notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)

@@ -1,0 +1,319 @@
+"""What criproxy does with kubelet's calls: the CRI methods that it looks into, each with its interceptor.
+
+Pods that didn't opt in pass through here with the bytes that came. What fails on criproxy's own side never fails a
+pod: its containers then run untouched, with the reason in `criproxy status`. Only a bad annotation is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from criproxy import executable, policy, processes, rewrite
+from criproxy.api import cri_pb2 as cri
+from criproxy.bundle import Bundle
+from criproxy.calls import Call, Interceptor, methods
+from criproxy.config import Config
+from criproxy.container import Record, State
+from criproxy.containerd import Configuration
+from criproxy.node import Node
+from criproxy.runtime import ImageConfig, Runtime, RuntimeCallError
+from criproxy.sandbox import Member, Sandbox, SandboxRecord
+from criproxy.seccomp import Profiles
+
+log = logging.getLogger(__name__)
+
+STREAM_SECONDS = 10.0
+"""How long Exec, Attach and PortForward keep a container up after their answer: the client has yet to connect."""
+
+
+class Interceptors:
+    def __init__(
+        self,
+        config: Config,
+        node: Node,
+        runtime: Runtime,
+        bundle: Bundle,
+        profiles: Profiles,
+    ) -> None:
+        self._config = config
+        self._node = node
+        self._runtime = runtime
+        self._bundle = bundle
+        self._profiles = profiles
+        self._configuration: Configuration | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def by_method(self) -> Mapping[str, Interceptor]:
+        handlers: dict[str, Interceptor] = {
+            "Status": self.status,
+            "RunPodSandbox": self.run_pod_sandbox,
+            "StopPodSandbox": self.stop_pod_sandbox,
+            "RemovePodSandbox": self.remove_pod_sandbox,
+            "CreateContainer": self.create_container,
+            "StartContainer": self.start_container,
+            "StopContainer": self.stop_container,
+            "RemoveContainer": self.remove_container,
+            "ExecSync": self.exec_sync,
+            "Exec": self.stream,
+            "Attach": self.stream,
+            "PortForward": self.port_forward,
+            **{name: self.image for name in ("PullImage", "ImageStatus", "RemoveImage", "ListImages")},
+        }
+        return {method: handler for name, handler in handlers.items() for method in methods(name)}
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- the node and its images ---------------------------------------------------------------------------
+
+    async def status(self, call: Call) -> bytes:
+        return rewrite.status(await call.forward())
+
+    async def image(self, call: Call) -> bytes:
+        return await call.forward(rewrite.image(call.name, call.request))
+
+    # --- pods ----------------------------------------------------------------------------------------------
+
+    async def run_pod_sandbox(self, call: Call) -> bytes:
+        request = cri.RunPodSandboxRequest.FromString(call.request)
+        metadata = request.config.metadata
+        try:
+            pod = policy.parse(
+                request.config.annotations, request.runtime_handler, default_duration=self._config.scaledown_duration
+            )
+        except policy.PolicyError as error:
+            log.warning("%s/%s: refused: %s", metadata.namespace, metadata.name, error)
+            call.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if pod is None:
+            return await call.forward()
+        for key in pod.ignored:
+            log.info("%s/%s: %s has no meaning here and is ignored", metadata.namespace, metadata.name, key)
+        response = await call.forward(rewrite.sandbox(call.request, mptcp_off=Path("/proc/sys/net/mptcp").exists()))
+        await self._shielded(
+            self._add_sandbox(cri.RunPodSandboxResponse.FromString(response).pod_sandbox_id, request)
+        )
+        return response
+
+    async def _add_sandbox(self, sandbox_id: str, request: cri.RunPodSandboxRequest) -> None:
+        record = SandboxRecord(
+            id=sandbox_id,
+            namespace=request.config.metadata.namespace,
+            name=request.config.metadata.name,
+            annotations={k: v for k, v in request.config.annotations.items() if k.startswith((policy.OURS, policy.ZEROPOD))},
+            runtime_handler=request.runtime_handler,
+        )
+        try:
+            netns = (await self._runtime.sandbox_status(sandbox_id)).netns
+        except RuntimeCallError as error:
+            record.problem = f"the pod's network namespace is not known: {error}"
+        else:
+            if netns is None:
+                record.problem = "the pod uses the host's network (hostNetwork)"
+            else:
+                record.netns = str(netns)
+        await self._node.add_sandbox(record)
+
+    async def stop_pod_sandbox(self, call: Call) -> bytes:
+        request = cri.StopPodSandboxRequest.FromString(call.request)
+        response = await call.forward()
+        await self._shielded(self._node.stopped_sandbox(request.pod_sandbox_id))
+        return response
+
+    async def remove_pod_sandbox(self, call: Call) -> bytes:
+        request = cri.RemovePodSandboxRequest.FromString(call.request)
+        response = await call.forward()
+        await self._shielded(self._node.removed_sandbox(request.pod_sandbox_id))
+        return response
+
+    # --- containers ----------------------------------------------------------------------------------------
+
+    async def create_container(self, call: Call) -> bytes:
+        request = cri.CreateContainerRequest.FromString(call.request)
+        sandbox = self._node.sandboxes.get(request.pod_sandbox_id)
+        untouched = rewrite.container_handler(call.request)
+        if sandbox is None or not sandbox.policy.covers(request.config.metadata.name):
+            return await call.forward(untouched)
+        record = Record(
+            id="",
+            sandbox_id=sandbox.record.id,
+            namespace=sandbox.record.namespace,
+            pod=sandbox.record.name,
+            name=request.config.metadata.name,
+        )
+        try:
+            response = await self._create_with_init(call, request, sandbox, record)
+        except rewrite.Unsupported as error:
+            log.info("%s/%s/%s: runs untouched: %s", record.namespace, record.pod, record.name, error.reason)
+            record.state, record.reason = State.DISABLED, error.reason
+            response = await call.forward(untouched)
+        record.id = cri.CreateContainerResponse.FromString(response).container_id
+        self._node.add_container(sandbox, record)
+        return response
+
+    async def _create_with_init(
+        self, call: Call, request: cri.CreateContainerRequest, sandbox: Sandbox, record: Record
+    ) -> bytes:
+        if sandbox.record.problem:
+            raise rewrite.Unsupported(sandbox.record.problem)
+        if self._configuration is None:
+            self._configuration = Configuration.from_info(await self._runtime.info())
+        handler = sandbox.record.runtime_handler
+        try:
+            image = await self._runtime.image_status(request.config.image.image)
+        except RuntimeCallError as error:
+            raise rewrite.Unsupported(f"its image's entrypoint is not known: {error}") from None
+        rewritten = rewrite.container(
+            call.request,
+            policy=sandbox.policy,
+            entrypoint=image.entrypoint,
+            cmd=image.cmd,
+            bundle=self._bundle.path,
+            kdat=self._bundle.kdat,
+            profiles=self._profiles,
+            runtime=self._configuration,
+            handler="" if handler == policy.HANDLER else handler,
+        )
+        record.stop_signal = image.stop_signal or "SIGTERM"
+        response = await call.forward(rewritten)
+        container_id = cri.CreateContainerResponse.FromString(response).container_id
+        command = rewrite.argv(request.config, image.entrypoint, image.cmd)[0]
+        if await self._missing(container_id, command, request, image):
+            # runc says so best, as the error of StartContainer that kubelet expects: it gets the request as it was.
+            await self._runtime.remove_container(container_id)
+            raise rewrite.Unsupported(f'its command "{command}" is not there')
+        return response
+
+    async def start_container(self, call: Call) -> bytes:
+        request = cri.StartContainerRequest.FromString(call.request)
+        response = await call.forward()
+        member = self._node.member(request.container_id)
+        if member is not None and member.record.state is State.STARTING:
+            await self._shielded(self._started(member))
+        return response
+
+    async def _started(self, member: Member) -> None:
+        record = member.record
+        try:
+            status = await self._runtime.container_status(record.id)
+        except RuntimeCallError as error:
+            member.disable(f"its process is not known: {error}")
+            return
+        if not status.pid:
+            # It has ended already.
+            record.state = State.EXITED
+            member.save()
+            return
+        record.pid, record.start_time = status.pid, processes.start_time(status.pid)
+        self._node.sandboxes[record.sandbox_id].start(member)
+
+    async def stop_container(self, call: Call) -> bytes:
+        request = cri.StopContainerRequest.FromString(call.request)
+        member = self._node.member(request.container_id)
+        if member is None or member.container is None or request.timeout <= 0:
+            return await self._ended(call, member)
+        # Awake first, so that the application gets its stop signal and can save its state in the grace period.
+        async with member.container.awake("StopContainer"):
+            delivery = asyncio.create_task(self._deliver_stop_signal(member))
+            try:
+                return await self._ended(call, member)
+            finally:
+                delivery.cancel()
+
+    async def _deliver_stop_signal(self, member: Member) -> None:
+        """Where the init may not signal the application (another user, no CAP_KILL), we do it instead of it."""
+        workload = member.workload
+        if workload is not None and (pid := workload.out_of_reach()) is not None:
+            # containerd sends its signal to the init right away; the init can't, so nothing is delivered twice.
+            log.info("pid %d is out of the init's reach: %s from outside", pid, member.record.stop_signal)
+            workload.signal(pid, member.record.stop_signal)
+
+    async def remove_container(self, call: Call) -> bytes:
+        request = cri.RemoveContainerRequest.FromString(call.request)
+        response = await self._ended(call, self._node.member(request.container_id))
+        await self._shielded(self._node.removed_container(request.container_id))
+        return response
+
+    async def _ended(self, call: Call, member: Member | None) -> bytes:
+        """The answer of containerd, when all that follows the container's exit has been done here too."""
+        response = await call.forward()
+        if member is not None:
+            await self._shielded(member.ended())
+        return response
+
+    # --- into a container ----------------------------------------------------------------------------------
+
+    async def exec_sync(self, call: Call) -> bytes:
+        member = self._node.member(cri.ExecSyncRequest.FromString(call.request).container_id)
+        if member is None or member.container is None:
+            return await call.forward()
+        async with member.container.awake("exec"):
+            return await call.forward()
+
+    async def stream(self, call: Call) -> bytes:
+        """Exec and Attach: the answer is a URL that the client connects to, past us."""
+        # Both requests have the container's id in field 1.
+        return await self._held(call, [self._node.member(cri.AttachRequest.FromString(call.request).container_id)])
+
+    async def port_forward(self, call: Call) -> bytes:
+        request = cri.PortForwardRequest.FromString(call.request)
+        sandbox = self._node.sandboxes.get(request.pod_sandbox_id)
+        return await self._held(call, list(sandbox.containers.values()) if sandbox is not None else [])
+
+    async def _held(self, call: Call, members: Sequence[Member | None]) -> bytes:
+        containers = [m.container for m in members if m is not None and m.container is not None]
+        async with contextlib.AsyncExitStack() as stack:
+            for container in containers:
+                await stack.enter_async_context(container.awake(call.name))
+            response = await call.forward()
+            if containers:
+                hold = stack.pop_all()
+                self._task(self._release_later(hold))
+            return response
+
+    @staticmethod
+    async def _release_later(hold: contextlib.AsyncExitStack) -> None:
+        async with hold:
+            await asyncio.sleep(STREAM_SECONDS)
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    async def _missing(
+        self, container_id: str, command: str, request: cri.CreateContainerRequest, image: ImageConfig
+    ) -> bool:
+        """Whether runc would not find the container's command."""
+        path = rewrite.path_env(request.config, image.env)
+        cwd = request.config.working_dir or image.working_dir or "/"
+        binds = executable.binds(request.config)
+        try:
+            mounts = await self._runtime.snapshot_mounts(container_id)
+            answer = await asyncio.to_thread(_look_up, mounts, command, path, binds, cwd)
+        except (RuntimeCallError, executable.RootfsError) as error:
+            log.info("whether %s has its command is not known: %s", container_id, error)
+            return False
+        return answer is executable.Answer.MISSING
+
+    async def _shielded(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does `work` to its end even if kubelet's call is cancelled meanwhile: the runtime has acted already."""
+        await asyncio.shield(self._task(work))
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _look_up(
+    mounts: Sequence[executable.SnapshotMount], command: str, path: str, binds: list[executable.Bind], cwd: str
+) -> executable.Answer:
+    with executable.rootfs(mounts) as rootfs:
+        return executable.find(command, path, binds, rootfs, cwd)

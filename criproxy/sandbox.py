@@ -1,0 +1,186 @@
+"""A pod sandbox that opted in: its policy, its network hook, its containers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from criproxy.checkpoint import Criu
+from criproxy.config import Config
+from criproxy.container import Container, Record, State
+from criproxy.gate import Gate
+from criproxy.network import Parked, PodNetwork
+from criproxy.policy import Policy
+from criproxy.workload import Workload
+
+log = logging.getLogger(__name__)
+
+SLOTS = 16
+"""Containers of one pod that can be scaled down: the size of the slots map in bpf/pod.c."""
+
+
+@dataclass
+class SandboxRecord:
+    """What is kept on disk of a pod that opted in."""
+
+    id: str
+    namespace: str
+    name: str
+    annotations: dict[str, str]
+    runtime_handler: str
+    netns: str = ""
+    """Path of the pod's network namespace on the host."""
+    problem: str = ""
+    """Why no container of the pod can be scaled down; empty if they can."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+class Sandbox:
+    def __init__(self, record: SandboxRecord, policy: Policy, config: Config, criu: Criu, pins: Path) -> None:
+        self.record = record
+        self.policy = policy
+        self.containers: dict[str, Member] = {}
+        self._config = config
+        self._criu = criu
+        self._pins = pins
+        self._network: PodNetwork | None = None
+
+    # --- the network hook ----------------------------------------------------------------------------------
+
+    async def attach(self) -> None:
+        """Puts the hook into the pod's network namespace, or finds it there (after a restart of the daemon)."""
+        if self.record.problem:
+            return
+        netns = Path(self.record.netns)
+        enter = PodNetwork.adopt if self._pins.exists() else PodNetwork.attach
+        self._network = await asyncio.to_thread(enter, netns, self._pins)
+        self._network.on_parked(self._parked)
+
+    def detach(self) -> None:
+        """Takes the hook away. The pod's network namespace may be gone already."""
+        if self._network is not None:
+            self._network.detach()
+            self._network = None
+
+    async def close(self) -> None:
+        """The daemon stops: everything stays as it is, for the next one."""
+        for member in self.containers.values():
+            await member.close()
+        if self._network is not None:
+            self._network.close()
+            self._network = None
+
+    def _parked(self, packet: Parked) -> None:
+        for member in self.containers.values():
+            if member.gate is not None and member.record.slot == packet.slot:
+                member.gate.park(packet)
+                return
+
+    # --- its containers ------------------------------------------------------------------------------------
+
+    def add(self, record: Record, folder: Path) -> Member:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        member = Member(record, folder)
+        self.containers[record.id] = member
+        member.save()
+        return member
+
+    def start(self, member: Member) -> None:
+        """The container runs (its init's pid is in the record): its state machine begins or resumes."""
+        if self._network is None:
+            member.disable(self.record.problem or "the pod's network hook is missing")
+            return
+        record = member.record
+        if record.slot is None:
+            taken = {m.record.slot for m in self.containers.values()}
+            record.slot = next((s for s in range(SLOTS) if s not in taken), None)
+        if record.slot is None:
+            member.disable(f"more than {SLOTS} containers of one pod can't be scaled down")
+            return
+        workload = Workload(record.pid, member.folder, self._criu, stop_signal=record.stop_signal)
+        gate = Gate(
+            self._network,
+            record.slot,
+            declared=self.policy.ports.get(record.name, frozenset()),
+            socket_inodes=workload.socket_inodes,
+            parking_packets=self._config.parking_packets,
+            parking_bytes=self._config.parking_bytes,
+        )
+        container = Container(
+            record,
+            workload,
+            gate,
+            duration=self.policy.duration,
+            tier=self.policy.tier,
+            cpu_activity=self._config.cpu_activity_percent / 100,
+            save=lambda _: member.save(),
+        )
+        gate.on_wanted = container.packet
+        member.live(container, workload, gate)
+
+
+class Member:
+    """A container of a sandbox: its record on disk and, while it runs, its state machine."""
+
+    def __init__(self, record: Record, folder: Path) -> None:
+        self.record = record
+        self.folder = folder
+        self.container: Container | None = None
+        self.workload: Workload | None = None
+        self.gate: Gate | None = None
+        self._pidfd: int | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    def live(self, container: Container, workload: Workload, gate: Gate) -> None:
+        self.container, self.workload, self.gate = container, workload, gate
+        # The init's end is the container's end, whoever caused it; a pidfd tells it under every runtime version.
+        self._pidfd = os.pidfd_open(self.record.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._init_ended)
+        container.start()
+
+    def disable(self, reason: str) -> None:
+        """The container runs without us; `reason` says why, for people."""
+        self.record.state, self.record.reason = State.DISABLED, reason
+        self.save()
+
+    def _init_ended(self) -> None:
+        self._forget_pidfd()
+        self._ending = asyncio.create_task(self._exited())
+
+    async def _exited(self) -> None:
+        assert self.container is not None
+        assert self.gate is not None
+        await self.container.exited()
+        self.gate.close()
+        self.container = self.workload = self.gate = self.record.slot = None
+        self.save()
+
+    async def ended(self) -> None:
+        """Waits until all that follows the container's exit has been done."""
+        if self._ending is not None:
+            await self._ending
+
+    async def close(self) -> None:
+        self._forget_pidfd()
+        await self.ended()
+        if self.container is not None:
+            await self.container.close()
+
+    def save(self) -> None:
+        """Written before the act that the new state stands for; a rename, so that no half record is ever read."""
+        path = self.folder / "state.json"
+        draft = path.with_suffix(".new")
+        draft.write_text(json.dumps(self.record.to_json(), indent=1))
+        draft.replace(path)
+
+    def _forget_pidfd(self) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None

@@ -1,0 +1,114 @@
+"""The processes of one container: where they are, what they use, and their checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from criproxy import checkpoint, processes
+from criproxy.cgroup import Cgroup
+from criproxy.checkpoint import Criu, RestoreError
+
+FIND_SECONDS = 30.0
+END_SECONDS = 10.0
+"""How long an application may take to end after its stop signal before it is killed (tier restart)."""
+
+
+class Workload:
+    def __init__(self, init_pid: int, folder: Path, criu: Criu, *, stop_signal: str = "SIGTERM") -> None:
+        """`init_pid`: the container's PID 1 as the host sees it. `folder`: the container's own in the state directory."""
+        self.init_pid = init_pid
+        self._criu = criu
+        self._images = folder / "checkpoint"
+        self._limits = folder / "limits.json"
+        self._stop_signal = stop_signal
+        self._cgroup = Cgroup.of(init_pid)
+
+    async def find(self) -> None:
+        deadline = time.monotonic() + FIND_SECONDS
+        while checkpoint.application_pid(self.init_pid) is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    # --- what it is doing ----------------------------------------------------------------------------------
+
+    def visitors(self) -> str | None:
+        own = {self.init_pid, *self._tree()}
+        for pid in self._cgroup.procs():
+            if pid not in own and (name := processes.name(pid)):
+                return f'"{name}" (pid {pid}) was started in the container from outside (exec)'
+        return None
+
+    def socket_inodes(self) -> set[int]:
+        return processes.socket_inodes(self._tree())
+
+    def cpu_usage(self) -> float:
+        return self._cgroup.cpu_usage()
+
+    def memory(self) -> int:
+        return self._cgroup.memory()
+
+    def _tree(self) -> list[int]:
+        guard = checkpoint.guard_pid(self.init_pid)
+        return [] if guard is None else [guard, *processes.tree(guard)]
+
+    # --- what is done to it --------------------------------------------------------------------------------
+
+    async def dump(self) -> int:
+        await self._criu.dump(self.init_pid, self._images)
+        self._cgroup.reclaim()
+        return sum(f.stat().st_size for f in self._images.iterdir())
+
+    async def restore(self) -> None:
+        with self._cgroup.lifted(self._limits):
+            try:
+                await self._criu.restore(self.init_pid, self._images)
+            except RestoreError:
+                self._kill_remains()
+                raise
+
+    async def verify(self) -> None:
+        await self._criu.verify(self.init_pid, self._images)
+
+    async def end(self) -> None:
+        checkpoint.hold(self.init_pid)
+        application = checkpoint.application_pid(self.init_pid)
+        if application is not None:
+            os.kill(application, signal.Signals[self._stop_signal])
+        deadline = time.monotonic() + END_SECONDS
+        while checkpoint.guard_pid(self.init_pid) is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self._kill_remains()
+
+    async def start_afresh(self) -> None:
+        self._kill_remains()
+        checkpoint.start(self.init_pid)
+
+    async def rescue(self) -> None:
+        if checkpoint.application_pid(self.init_pid) is None:
+            await self.start_afresh()
+        else:
+            checkpoint.release(self.init_pid)
+
+    def out_of_reach(self) -> int | None:
+        """The application's pid if its init may not signal it (another user, no CAP_KILL), else None."""
+        application = checkpoint.application_pid(self.init_pid)
+        if application is None or checkpoint.may_signal(self.init_pid, application):
+            return None
+        return application
+
+    @staticmethod
+    def signal(pid: int, name: str) -> None:
+        os.kill(pid, signal.Signals[name])
+
+    def discard(self) -> None:
+        shutil.rmtree(self._images, ignore_errors=True)
+
+    def _kill_remains(self) -> None:
+        """Ends every process of the container but its init."""
+        for pid in self._cgroup.procs():
+            if pid != self.init_pid:
+                os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,416 @@
+"""The state machine against fakes: what it does when, and what it never does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from criproxy import container as container_module
+from criproxy.checkpoint import AttributesChanged, CheckpointError, RestoreError
+from criproxy.container import Container, Record, State
+from criproxy.policy import Tier
+
+DURATION = 0.05
+
+
+class FakeWorkload:
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.cpu = 0.0
+        self.visitor: str | None = None
+        self.dump_errors: list[Exception] = []
+        self.restore_errors: list[Exception] = []
+        self.verify_error: Exception | None = None
+        self.during_dump: Callable[[], None] = lambda: None
+
+    async def find(self) -> None:
+        self.log.append("find")
+
+    def visitors(self) -> str | None:
+        return self.visitor
+
+    def cpu_usage(self) -> float:
+        return self.cpu
+
+    def memory(self) -> int:
+        return 1
+
+    async def dump(self) -> int:
+        await asyncio.sleep(0)
+        self.log.append("dump")
+        self.during_dump()
+        if self.dump_errors:
+            raise self.dump_errors.pop(0)
+        return 42
+
+    async def restore(self) -> None:
+        self.log.append("restore")
+        if self.restore_errors:
+            raise self.restore_errors.pop(0)
+
+    async def verify(self) -> None:
+        self.log.append("verify")
+        if self.verify_error:
+            raise self.verify_error
+
+    async def end(self) -> None:
+        self.log.append("end")
+
+    async def start_afresh(self) -> None:
+        self.log.append("start_afresh")
+
+    async def rescue(self) -> None:
+        self.log.append("rescue")
+
+    def discard(self) -> None:
+        self.log.append("discard")
+
+
+class FakeGate:
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.activity = 0.0
+        self.handshake: str | None = None
+        self.quiet_reason: str | None = None
+        self.packets = 0
+        self.on_park_all: Callable[[], None] = lambda: None
+
+    def last_activity(self) -> float:
+        return self.activity
+
+    def park_new(self) -> None:
+        self.log.append("park_new")
+
+    def park_all(self) -> None:
+        self.log.append("park_all")
+        self.on_park_all()
+
+    def unsettled(self) -> str | None:
+        return self.handshake
+
+    def silent(self) -> str | None:
+        return self.quiet_reason
+
+    def wanted(self) -> bool:
+        return self.packets > 0
+
+    def open(self) -> None:
+        self.log.append("open")
+        self.packets = 0
+
+
+class Fixture:
+    def __init__(self, duration: float = DURATION, tier: Tier = Tier.CHECKPOINT, state: State = State.STARTING) -> None:
+        self.log: list[str] = []
+        self.states: list[State] = []
+        self.workload = FakeWorkload(self.log)
+        self.gate = FakeGate(self.log)
+        self.record = Record("id", "sandbox", "default", "pod", "app", state=state)
+        self.container = Container(
+            self.record,
+            self.workload,
+            self.gate,
+            duration=duration,
+            tier=tier,
+            save=lambda record: self.states.append(record.state),
+        )
+
+    def packet(self) -> None:
+        self.gate.packets += 1
+        self.container.packet()
+
+    async def until(self, *states: State) -> None:
+        await eventually(lambda: self.record.state in states)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def make() -> object:
+    made: list[Fixture] = []
+
+    def build(**arguments: object) -> Fixture:
+        made.append(Fixture(**arguments))  # type: ignore[arg-type]
+        made[-1].container.start()
+        return made[-1]
+
+    yield build
+    for fixture in made:
+        await fixture.container.close()
+
+
+Make = Callable[..., Fixture]
+
+
+async def test_idle_container_goes_through_the_documented_states(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    assert f.states == [State.RUNNING, State.PARKING, State.CHECKPOINTING, State.SCALED_DOWN]
+    assert f.log == ["find", "park_new", "park_all", "dump"]
+    assert f.record.checkpoint_bytes == 42
+    assert f.record.checkpoints == 1
+
+
+async def test_a_packet_brings_it_back_and_the_checkpoint_is_deleted_after(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await f.until(State.RUNNING)
+    await eventually(lambda: "verify" in f.log)
+    assert f.log[4:] == ["restore", "open", "discard", "verify"]
+    assert f.record.restores == 1
+    assert f.record.checkpoint_bytes == 0
+
+
+async def test_activity_postpones(make: Make) -> None:
+    f = make(duration=0.1)
+    until = time.monotonic() + 0.4
+    while time.monotonic() < until:
+        f.gate.activity = time.monotonic()
+        await asyncio.sleep(0.01)
+        assert f.record.state in (State.STARTING, State.RUNNING)
+    assert "dump" not in f.log
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_duration_zero_never_scales_down(make: Make) -> None:
+    f = make(duration=0)
+    await asyncio.sleep(0.1)
+    assert f.record.state is State.RUNNING
+    assert "never" in f.container.reason()
+
+
+async def test_a_holder_keeps_it_up_and_is_named(make: Make) -> None:
+    f = make()
+    async with f.container.awake("exec"):
+        await asyncio.sleep(0.2)
+        assert f.record.state is State.RUNNING
+        assert "exec" in f.container.reason()
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_awake_waits_for_the_restore(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    async with f.container.awake("exec"):
+        assert f.record.state is State.RUNNING
+        assert "restore" in f.log
+
+
+async def test_a_call_during_the_dump_is_served_after_it(make: Make) -> None:
+    f = make()
+    entered = asyncio.Event()
+
+    async def call() -> None:
+        async with f.container.awake("exec"):
+            assert f.record.state is State.RUNNING
+            entered.set()
+
+    tasks: list[asyncio.Task[None]] = []
+    f.workload.during_dump = lambda: tasks.append(asyncio.create_task(call()))
+    await asyncio.wait_for(entered.wait(), 5)
+    f.workload.during_dump = lambda: None
+    await asyncio.gather(*tasks)
+
+
+async def test_packets_during_the_dump_wake_at_once(make: Make) -> None:
+    f = make()
+
+    def once() -> None:
+        f.workload.during_dump = lambda: None
+        f.packet()
+
+    f.workload.during_dump = once
+    await eventually(lambda: f.record.restores == 1)
+
+
+async def test_a_handshake_aborts_the_parking(make: Make) -> None:
+    f = make()
+    f.gate.handshake = "a handshake on port 80 is under way"
+    await eventually(lambda: "open" in f.log)
+    assert "park_all" not in f.log
+    assert "dump" not in f.log
+    f.gate.handshake = None
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_activity_between_the_two_steps_aborts(make: Make) -> None:
+    f = make()
+
+    def once() -> None:
+        f.gate.on_park_all = lambda: None
+        f.gate.activity = time.monotonic()
+
+    f.gate.on_park_all = once
+    await eventually(lambda: "open" in f.log)
+    assert "dump" not in f.log
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_cpu_use_counts_as_activity_and_is_told(make: Make) -> None:
+    f = make()
+
+    async def burn() -> None:
+        while True:
+            f.workload.cpu += 0.005
+            await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(burn())
+    await asyncio.sleep(0.3)
+    assert "dump" not in f.log
+    await eventually(lambda: "of a core" in f.container.reason())
+    task.cancel()
+    await f.until(State.SCALED_DOWN)
+
+
+@pytest.mark.parametrize("where", ["visitor", "silent"])
+async def test_what_is_in_the_way_is_told(make: Make, where: str) -> None:
+    f = make()
+    if where == "visitor":
+        f.workload.visitor = '"sh" was started'
+    else:
+        f.gate.quiet_reason = "listens on no port"
+    await eventually(lambda: f.container.reason() in ('"sh" was started', "listens on no port"))
+    assert "park_new" not in f.log
+    f.workload.visitor = f.gate.quiet_reason = None
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_a_failed_dump_leaves_it_running_and_backs_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container_module, "BACKOFF_SECONDS", (0.1, 10.0))
+    f = make()
+    f.workload.dump_errors = [CheckpointError("uses io_uring"), CheckpointError("uses io_uring")]
+    await eventually(lambda: f.log.count("dump") == 1)
+    first = time.monotonic()
+    await f.until(State.RUNNING)
+    assert f.log[-1] == "open"
+    assert "uses io_uring" in f.container.reason()
+    await eventually(lambda: f.log.count("dump") == 2)
+    second = time.monotonic()
+    await eventually(lambda: f.log.count("dump") == 3)
+    assert second - first >= 0.1
+    assert time.monotonic() - second >= 0.2
+    await f.until(State.SCALED_DOWN)
+    assert "end" not in f.log
+
+
+async def test_a_failed_restore_is_tried_again(make: Make) -> None:
+    f = make()
+    f.workload.restore_errors = [RestoreError("pid is taken")]
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await f.until(State.RUNNING)
+    assert f.log.count("restore") == 2
+    assert "start_afresh" not in f.log
+
+
+async def test_a_restore_that_keeps_failing_starts_afresh_and_says_so(make: Make) -> None:
+    f = make()
+    f.workload.restore_errors = [RestoreError("bad size")] * container_module.RESTORE_ATTEMPTS
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await f.until(State.RUNNING)
+    assert "bad size" in f.container.reason()
+    assert f.log.index("start_afresh") < f.log.index("open")
+
+
+async def test_changed_confinement_is_not_kept(make: Make) -> None:
+    f = make()
+    f.workload.verify_error = AttributesChanged("LSM label was x, is unconfined")
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await eventually(lambda: "start_afresh" in f.log)
+    assert "end" in f.log
+
+
+async def test_restart_tier_ends_and_starts_without_a_checkpoint(make: Make) -> None:
+    f = make(tier=Tier.RESTART)
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await f.until(State.RUNNING)
+    assert "end" in f.log
+    assert "start_afresh" in f.log
+    assert "dump" not in f.log
+    assert "restore" not in f.log
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.SCALED_DOWN])
+async def test_exit_ends_everything_and_deletes_the_checkpoint(make: Make, state: State) -> None:
+    f = make(duration=0 if state is State.RUNNING else DURATION)
+    await f.until(state)
+    await f.container.exited()
+    assert f.record.state is State.EXITED
+    assert f.log[-1] == "discard"
+
+
+async def test_exit_releases_whoever_waits(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    release = asyncio.Event()
+
+    async def never() -> None:
+        await release.wait()
+
+    f.workload.restore = never  # type: ignore[method-assign]
+
+    async def call() -> None:
+        async with f.container.awake("exec"):
+            pass
+
+    task = asyncio.create_task(call())
+    await f.until(State.RESTORING)
+    await f.container.exited()
+    await asyncio.wait_for(task, 5)
+
+
+async def test_an_internal_error_leaves_it_running_with_an_open_gate(make: Make) -> None:
+    f = make()
+
+    def broken() -> str | None:
+        raise ValueError("bug")
+
+    f.gate.silent = broken  # type: ignore[method-assign]
+    await f.until(State.DISABLED)
+    assert f.log[-1] == "open"
+    assert "internal error" in f.container.reason()
+    async with f.container.awake("exec"):
+        pass
+
+
+@pytest.mark.parametrize("state", [State.CHECKPOINTING, State.RESTORING])
+async def test_an_internal_error_while_it_sleeps_rescues_it(make: Make, state: State) -> None:
+    f = make()
+
+    async def broken() -> int:
+        raise ValueError("bug")
+
+    if state is State.CHECKPOINTING:
+        f.workload.dump = broken  # type: ignore[method-assign]
+    else:
+        f.workload.restore = broken  # type: ignore[method-assign, assignment]
+        await f.until(State.SCALED_DOWN)
+        f.packet()
+    await f.until(State.DISABLED)
+    assert f.log[-2:] == ["rescue", "open"]
+
+
+async def test_an_adopted_sleeping_container_wakes_on_a_packet(make: Make) -> None:
+    f = make(state=State.SCALED_DOWN)
+    await asyncio.sleep(0.05)
+    assert f.log == []
+    f.packet()
+    await f.until(State.RUNNING)
+    assert "restore" in f.log
+
+
+async def test_an_adopted_running_container_opens_the_gate_first(make: Make) -> None:
+    f = make(state=State.RUNNING)
+    await eventually(lambda: bool(f.log))
+    assert f.log[0] == "open"
