@@ -68,6 +68,18 @@ def processes(name: str) -> set[int]:
     return found - {0}
 
 
+def of(pid: int) -> set[str]:
+    """The folders of the cgroups that the process is in, one for each hierarchy. Raises OSError if it has ended."""
+    found = set()
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for root in hierarchies():
+            names = {root.name, f"name={root.name}"} if root != _MOUNT else {""}
+            if names & set(controllers.split(",")) or (not controllers and is_v2(root)):
+                found.add(f"{root}{path.rstrip('/')}")
+    return found
+
+
 def subtree(name: str) -> set[str]:
     """Every cgroup from `name` down, in any hierarchy, as full paths."""
     return {directory for top in directories(name) for directory, _, _ in os.walk(top)}

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from lab import BUILD, LabError, cgroups, images
+from lab import BUILD, LabError, cgroups, image_name, images
 from lab.process import Service, ended_by_signals, run, undisturbed
 
 _MOST_LABS = 40
@@ -184,7 +184,7 @@ class Containerd:
                 root=self.root,
                 state=self.state,
                 socket=self.socket,
-                pause=images.image_name("pause"),
+                pause=image_name("pause"),
                 cni_plugins=_CNI_PLUGINS,
                 snapshotter=self._snapshotter,
                 restrict_oom_score_adj=str(not has_capability(_CAP_SYS_RESOURCE)).lower(),
@@ -232,12 +232,17 @@ class Containerd:
         if self._service:
             self._service.stop()
             self._service = None
-        # Containers, shims and daemons: all that was started is in there.
+        # Containers, shims and daemons: what was started is in there, or below one that is in there.
+        strays = _strays(self.cgroup)
         cgroups.remove(self.cgroup)
+        _end_strays(strays)
         for bundle in self.state.glob("containerd/io.containerd.runtime.v2.task/*/*/address"):
             # Shims keep their sockets in one folder for all containerds.
             Path(bundle.read_text().removeprefix("unix://")).unlink(missing_ok=True)
         unmount_below(self.state, self.root)
+        # CNI's library notes every attachment in this one folder of the machine, and forgets it at a regular removal.
+        for note in Path("/var/lib/cni/results").glob(f"{self.bridge}-*"):
+            note.unlink()
         if Path("/sys/class/net", self.bridge).exists():
             run(["ip", "link", "delete", self.bridge])
         for directory in (self.state, self.root):
@@ -261,6 +266,43 @@ def _number() -> Iterator[int]:
             yield number
             return
     raise LabError(f"{_MOST_LABS} labs run already")
+
+
+def _strays(cgroup: str) -> dict[int, set[str]]:
+    """Processes that descend from one of the lab's and are in other cgroups, each with these cgroups: containers whose
+    pod named no parent of ours. (The shims, which are their parents, always stay in.)"""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    inside = cgroups.processes(cgroup)
+    strays: dict[int, set[str]] = {}
+    waiting = list(inside)
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            waiting.append(child)
+            if child not in inside:
+                with contextlib.suppress(OSError):
+                    strays[child] = cgroups.of(child)
+    return strays
+
+
+def _end_strays(strays: dict[int, set[str]]) -> None:
+    for pid in strays:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    emptied = set().union(*strays.values())
+    deadline = time.monotonic() + 5
+    while emptied and time.monotonic() < deadline:
+        for directory in list(emptied):
+            # A hierarchy's root, or one that has other processes, stays.
+            if Path(directory).parent == Path("/sys/fs/cgroup") or not Path(directory).exists():
+                emptied.discard(directory)
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+                if Path(directory).parent.name == "k8s.io":
+                    Path(directory).parent.rmdir()
+        time.sleep(0.01)
 
 
 def has_capability(number: int) -> bool:
@@ -288,7 +330,8 @@ def _overlay_works(directory: Path) -> bool:
 
 def mounts_below(*directories: Path) -> list[str]:
     """Mount points at or below the folders, the deepest first."""
-    points = [line.split()[4].encode().decode("unicode_escape") for line in Path("/proc/self/mountinfo").open()]
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [line.split()[4].encode().decode("unicode_escape") for line in mounts]
     return sorted((p for p in points if any(Path(p).is_relative_to(d) for d in directories)), reverse=True)
 
 

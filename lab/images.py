@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from lab import BUILD, LabError, image_name
 from lab.process import run
@@ -107,7 +107,7 @@ class Layer:
     def fingerprints(self) -> Iterator[str]:
         return (entry.fingerprint() for entry in self._entries.values())
 
-    def write(self, out: IO[bytes]) -> None:
+    def write(self, out: BinaryIO) -> None:
         """As a tar archive that depends on nothing but the contents."""
         with tarfile.open(fileobj=out, mode="w|") as archive:
             for entry in self._entries.values():
@@ -163,7 +163,7 @@ def _compiled(source: Path, compiler: Sequence[str], environment: dict[str, str]
     """A program from a source of ours, compiled once: `compiler` gets the output's and the source's path added."""
     found = shutil.which(compiler[0])
     if found is None:
-        raise LabError(f"Cannot find {compiler[0]}, which compiles {source.name}", "`make setup` installs what is missing")
+        raise LabError(f"Cannot find {compiler[0]} for {source.name}", "`make setup` installs what is missing")
     version = Path(found).resolve().stat()
     made_of = f"{compiler}{environment}{version.st_size}{version.st_mtime_ns}".encode() + source.read_bytes()
     target = CACHE / f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}"
@@ -177,7 +177,7 @@ def _compiled(source: Path, compiler: Sequence[str], environment: dict[str, str]
 def _base() -> Layer:
     """A shell with its tools, the users that Debian's packages want, and the folders that programs expect."""
     layer = Layer()
-    busybox = next((p for p in (Path("/usr/bin/busybox"), Path("/bin/busybox")) if p.exists()), Path("/usr/bin/busybox"))
+    busybox = Path("/usr/bin/busybox")  # Debian's two packages of it have it there, or by the merged /bin
     layer.program(busybox, "/bin/busybox")
     for applet in run([busybox, "--list"]).split():
         layer.hard_link(f"/bin/{applet}", "/bin/busybox")
@@ -259,7 +259,9 @@ RECIPES: dict[str, Recipe] = {
         directory="/data",
         ports=["6379/tcp"],
     ),
-    "nginx": Recipe(_nginx, entrypoint=["nginx"], command=["-g", "daemon off;"], stop_signal="SIGQUIT", ports=["80/tcp"]),
+    "nginx": Recipe(
+        _nginx, entrypoint=["nginx"], command=["-g", "daemon off;"], stop_signal="SIGQUIT", ports=["80/tcp"]
+    ),
     "hello": Recipe(_hello, entrypoint=["/hello"], ports=["8080/tcp"]),
 }
 # What every lab has from its start; others are imported when they are asked for.
@@ -291,16 +293,18 @@ def build(name: str) -> Path:
         return archive
 
 
-def _write_archive(out: IO[bytes], reference: str, recipe: Recipe, layers: Sequence[Layer]) -> None:
+def _write_archive(out: BinaryIO, reference: str, recipe: Recipe, layers: Sequence[Layer]) -> None:
     with tarfile.open(fileobj=out, mode="w") as archive:
 
-        def blob(content: IO[bytes], media_type: str) -> dict[str, object]:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-            info = tarfile.TarInfo(f"blobs/sha256/{digest}")
-            info.size = content.seek(0, os.SEEK_END)
+        def blob(content: BinaryIO, media_type: str) -> dict[str, object]:
+            digest = hashlib.sha256()
+            while piece := content.read(1 << 20):
+                digest.update(piece)
+            info = tarfile.TarInfo(f"blobs/sha256/{digest.hexdigest()}")
+            info.size = content.tell()
             content.seek(0)
             archive.addfile(info, content)
-            return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": info.size}
+            return {"mediaType": media_type, "digest": f"sha256:{digest.hexdigest()}", "size": info.size}
 
         def document(content: object, kind: str) -> dict[str, object]:
             return blob(io.BytesIO(json.dumps(content).encode()), f"application/vnd.oci.image.{kind}.v1+json")
@@ -323,11 +327,9 @@ def _write_archive(out: IO[bytes], reference: str, recipe: Recipe, layers: Seque
         manifest = document({"schemaVersion": 2, "config": config, "layers": descriptors}, "manifest")
         # containerd names the imported image by this annotation.
         manifest["annotations"] = {"io.containerd.image.name": reference}
-        for path, content in (
-            ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
-            ("index.json", {"schemaVersion": 2, "manifests": [manifest]}),
-        ):
-            data = json.dumps(content).encode()
+        index: dict[str, object] = {"schemaVersion": 2, "manifests": [manifest]}
+        for path, document_ in (("oci-layout", {"imageLayoutVersion": "1.0.0"}), ("index.json", index)):
+            data = json.dumps(document_).encode()
             info = tarfile.TarInfo(path)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))

@@ -10,6 +10,7 @@ they are those of the kinds that criproxy loads (`BPF_KINDS`), machine-wide, and
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -94,7 +95,8 @@ def _filters(links: list[str]) -> list[str]:
         for side in ("ingress", "egress"):
             lines = run(["tc", "filter", "show", "dev", link, side]).splitlines()
             found += [f"{link} {side}: {line}" for line in lines]
-        found += [f"{link}: {line}" for line in run(["tc", "qdisc", "show", "dev", link]).splitlines() if "noqueue" not in line]
+        queues = run(["tc", "qdisc", "show", "dev", link]).splitlines()
+        found += [f"{link}: {line}" for line in queues if "noqueue" not in line]
     return found
 
 
@@ -115,6 +117,11 @@ def _files(lab: Containerd) -> list[str]:
     addresses = [path for path in _below(lab.state / "cni-addresses") if "/last_" not in path and "/lock" not in path]
     bundles = [str(path) for path in lab.state.glob("containerd/io.containerd.runtime.v2.task/*/*")]
     return [path for path in kept if "kdat" not in path] + addresses + bundles
+
+
+def loadable_programs() -> bool:
+    """Whether this process may ask the kernel about eBPF programs at all."""
+    return _call(_BPF_PROG_GET_NEXT_ID, bytearray(16)) == 0 or ctypes.get_errno() == errno.ENOENT
 
 
 def _programs() -> list[str]:

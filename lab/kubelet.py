@@ -35,8 +35,10 @@ _MASKED = (
     "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
 )  # fmt: skip
 _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+# The files of cgroup v2 and v1, each with its line in memory.stat.
+_USAGE = (("memory.current", "inactive_file"), ("memory.usage_in_bytes", "total_inactive_file"))
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-_RUNTIME_CALLS_OF_IMAGES = ("ListImages", "ImageStatus", "PullImage", "RemoveImage", "ImageFsInfo")
+_IMAGE_CALLS = ("ListImages", "ImageStatus", "PullImage", "RemoveImage", "ImageFsInfo")
 
 Response = TypeVar("Response")
 
@@ -80,7 +82,7 @@ class Kubelet:
 
     def call(self, method: str, request: Any, response: type[Response], *, timeout: float = TIMEOUT) -> Response:
         """One unary call; the service follows from the method. `timeout` in seconds. Raises grpc.RpcError."""
-        service = "ImageService" if method in _RUNTIME_CALLS_OF_IMAGES else "RuntimeService"
+        service = "ImageService" if method in _IMAGE_CALLS else "RuntimeService"
         invoke = self.channel.unary_unary(
             f"/{self.version}.{service}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
@@ -100,7 +102,7 @@ class Kubelet:
         try:
             yield from answers
         finally:
-            answers.cancel()
+            answers.cancel()  # type: ignore[no-untyped-call]
 
     def image_id(self, image: str) -> str:
         """The id under which kubelet names the image in CreateContainer. It waits until CRI knows a fresh import."""
@@ -398,9 +400,7 @@ class Container:
 
     def exec_url(self, *command: str, tty: bool = False, stdin: bool = False) -> str:
         """The streaming URL that Exec answers."""
-        request = cri.ExecRequest(
-            container_id=self.id, cmd=command, tty=tty, stdin=stdin, stdout=True, stderr=not tty
-        )
+        request = cri.ExecRequest(container_id=self.id, cmd=command, tty=tty, stdin=stdin, stdout=True, stderr=not tty)
         answer: cri.ExecResponse = self._call("Exec", request, cri.ExecResponse)
         return answer.url
 
@@ -437,7 +437,7 @@ class Container:
     def memory(self) -> int:
         """The bytes that kubelet calls its working set: usage without the page cache that nobody uses."""
         for directory in self.cgroups():
-            for usage, inactive in (("memory.current", "inactive_file"), ("memory.usage_in_bytes", "total_inactive_file")):
+            for usage, inactive in _USAGE:
                 if (directory / usage).exists():
                     statistics = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
                     return max(0, int((directory / usage).read_text()) - int(statistics[inactive]))

@@ -27,19 +27,21 @@ def run(argv: Sequence[str | os.PathLike[str]], *, timeout: float = 120.0, env: 
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, env=env
         )
     except FileNotFoundError as error:
-        raise LabError(f"Cannot find the command {os.fspath(argv[0])}", "`make setup` installs what is missing") from error
+        raise LabError(f"Cannot find {os.fspath(argv[0])}", "`make setup` installs what is missing") from error
     except subprocess.TimeoutExpired as error:
         raise LabError(f"{os.fspath(argv[0])} did not end within {timeout:g} s") from error
     if done.returncode:
         output = (done.stdout + done.stderr).strip()
-        raise LabError(f"`{' '.join(map(os.fspath, argv))}` ended with {done.returncode}: {output}")
+        raise LabError(f"`{' '.join(os.fspath(word) for word in argv)}` ended with {done.returncode}: {output}")
     return done.stdout
 
 
 class Service:
     """A daemon with its output in a log file."""
 
-    def __init__(self, name: str, argv: Sequence[str | os.PathLike[str]], log: Path, env: Mapping[str, str] | None = None):
+    def __init__(
+        self, name: str, argv: Sequence[str | os.PathLike[str]], log: Path, env: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ class Service:
         return self._process.poll()
 
     def wait_until(self, ready: Callable[[], bool], what: str, *, timeout: float = 30.0) -> None:
-        """Wait until `ready()`; raises LabError with the end of the log if the daemon ends or `timeout` seconds pass."""
+        """Wait until `ready()`. Raises LabError with the log's end if it ends first, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not ready():
             if self.returncode is not None:

@@ -6,6 +6,7 @@ Only what the tests need: no TLS, no extensions.
 """
 
 import base64
+import contextlib
 import json
 import os
 import socket
@@ -100,10 +101,9 @@ class Stream:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            try:
+            # The other side may have been faster.
+            with contextlib.suppress(OSError):
                 self._send(_CLOSE, b"")
-            except OSError:
-                pass  # the other side was faster
             self._connection.close()
 
     def _send(self, kind: int, data: bytes) -> None:

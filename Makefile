@@ -1,0 +1,42 @@
+# Each target installs what is missing by itself (root, Debian 12 or 13), and nothing a second time.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint unit integration bench soak up down clean
+
+PYTHON := .venv/bin/python
+# What pytest is told: make test PYTEST='-k redis -x'
+PYTEST :=
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing (the others do it too)
+	@lab/setup.sh
+
+demo: setup ## Watch redis and nginx scale to zero and wake: private containerd, real packets, about a minute
+	@$(PYTHON) -m lab.demo
+
+test: lint unit integration ## Everything that must pass: lint, unit and integration tests
+
+lint: setup ## ruff and mypy --strict
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+unit: setup ## Tests that need no root
+	@$(PYTHON) -m pytest tests/unit $(PYTEST)
+
+integration: setup ## Tests with real containerd, runc, CRIU and eBPF, as root
+	@$(PYTHON) -m pytest tests/integration $(PYTEST)
+
+bench: setup ## Measure the time to the first byte of what is scaled down
+	@$(PYTHON) -m lab.bench
+
+up: setup ## Leave a private containerd with criproxy running, to try pods of your own
+	@$(PYTHON) -m lab.up
+
+down: ## End what `make up` started
+	@[ ! -x $(PYTHON) ] || $(PYTHON) -m lab.up --down
+
+clean: ## Remove what was built; installed packages and .venv stay
+	rm -rf .build build dist *.egg-info criproxy/libexec criproxy/api/*_pb2.py criproxy/api/*_pb2.pyi
