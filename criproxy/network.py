@@ -1,0 +1,587 @@
+"""The hook in a pod's network namespace: who was used when, and packets that are parked and sent again.
+
+`bpf/pod.c` does the work in the kernel, once per pod, and goes on without us: its programs and maps are pinned in the
+folder `pins`, so that a new daemon finds everything (`adopt`), parked packets included. Each container that may be
+scaled down has a *slot* of the hook (0 to SLOTS - 1), with ports of its own and a mode of its own.
+
+A slot is parked and woken like this:
+
+    network.park(slot, Park.NEW)            # new connections wait, existing ones go on
+    network.park(slot, Park.ALL, flows)     # once sockets() shows no handshake: everything waits
+    …                                       # the callback gets each packet; `wakes` says which one to wake for
+    network.send(packets); network.poll()   # in their order, past the parking, until nothing is left
+    network.park(slot, Park.PASS)
+    network.poll(); network.send(…)         # what came in between
+
+Not thread-safe: one thread at a time. `attach` and `adopt` may run in another thread than the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol, Self, TypeVar
+
+from criproxy import netlink, packet, sockets
+from criproxy.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
+from criproxy.namespaces import in_network_namespace
+from criproxy.netlink import DIRECTIONS, Direction, Link, Netlink
+from criproxy.policy import Port
+from criproxy.sockets import Flow, Socket
+
+log = logging.getLogger(__name__)
+
+OBJECT: Final = Path(__file__).parent / "libexec" / "pod.bpf.o"
+
+SLOTS: Final = 16
+RING_BYTES: Final = 1 << 19
+"""Default size of the ring buffer: seven of the largest GSO packets, or 340 of 1500 bytes. Allocated for each pod."""
+
+PREFERENCE: Final = 7
+"""Where our filters are in a link's list. Before others', so that a packet which is sent again passes theirs once."""
+HANDLE: Final = 0xC71
+NAME: Final = "criproxy"
+
+# --- bpf/pod.c ---
+_LAYOUT: Final = 1
+_POD: Final = struct.Struct("=III")
+_U32: Final = struct.Struct("=I")
+_SLOT: Final = struct.Struct("=7Q")
+_OTHERS: Final = struct.Struct("=2Q")
+_PORT: Final = struct.Struct("=2sBx")
+_OWNER: Final = struct.Struct("=II")
+_FOUR: Final = struct.Struct("=16s16s2s2sB3x")
+_FLOW: Final = struct.Struct("=IIIIIIQ")
+_LINK: Final = struct.Struct("=III")
+_RECORD: Final = struct.Struct("=5IHBBQ")
+_QUIET: Final = 1
+_LET_PASS: Final = 1
+_FIN, _SYN, _RST = 1, 2, 4
+_MAPS: Final[dict[str, tuple[int, int]]] = {
+    "pod": (4, _POD.size),
+    "modes": (4, 4),
+    "slots": (4, _SLOT.size),
+    "others": (4, _OTHERS.size),
+    "ports": (_PORT.size, _OWNER.size),
+    "flows": (_FOUR.size, _FLOW.size),
+    "replay": (4, 4),
+    "links": (4, _LINK.size),
+}
+_RING: Final = "parked"
+_NUMBERS: Final = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+_NAMES: Final[dict[int, sockets.Proto]] = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
+
+_SETTINGS: Final = (
+    # What is sent again to lo carries no route: without these the kernel drops 127.0.0.1 and the pod's own addresses
+    # as source or target. They concern lo alone, so nothing from outside gets in by them.
+    ("/proc/sys/net/ipv4/conf/lo/route_localnet", "0", "1"),
+    ("/proc/sys/net/ipv4/conf/lo/accept_local", "0", "1"),
+    # CRIU can't dump MPTCP sockets, which Go's servers listen with where they can get them.
+    ("/proc/sys/net/mptcp/enabled", "1", "0"),
+)
+"""(setting, value that is changed, value that it gets); the place in this list is the bit in the pod's map."""
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_Resource = TypeVar("_Resource", bound=_Closable)
+
+
+class NetworkError(Exception):
+    """The hook can't be put into (or found in) a pod. One sentence for people."""
+
+
+class Park(IntEnum):
+    """What happens to the packets of a slot."""
+
+    PASS = 0
+    NEW = 1
+    """SYNs to its ports are parked."""
+    ALL = 2
+    """TCP to its ports and flows and UDP to its ports is parked; TCP packets that say nothing new are dropped."""
+    WAKE = 3
+    """As ALL, but TCP packets without news pass: the sockets are there again. `send()` sets it."""
+
+
+@dataclass(frozen=True)
+class Parked:
+    """A packet that was taken out of its way."""
+
+    slot: int
+    ifindex: int
+    """The link that it came in on, and goes to again."""
+    frame: bytes
+    proto: sockets.Proto
+    syn: bool
+    fin: bool
+    rst: bool
+    payload: int
+    """Bytes of payload."""
+    gso_size: int
+    """Not 0: several segments, with this many bytes of payload each, in one frame."""
+    time: float
+    """time.monotonic() when it was parked."""
+
+    @property
+    def wakes(self) -> bool:
+        """Whether somebody waits for the application: a new connection or data. A connection's end doesn't."""
+        return self.proto == "udp" or self.syn or (self.payload > 0 and not self.rst)
+
+    def __str__(self) -> str:
+        names = [name for name in ("syn", "fin", "rst") if getattr(self, name)]
+        return " ".join([packet.describe(self.frame), *names, f"{self.payload} bytes"])
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Packets of a slot since the hook was attached."""
+
+    parked: int
+    parked_bytes: int
+    overflowed: int
+    """Dropped because the ring buffer was full or the packet too large for it. TCP sends them again."""
+    dropped: int
+    """TCP packets without news (pure ACK, keep-alive) to a slot in Park.ALL."""
+    quiet: int
+    """Packets to quiet ports that found the slot parked."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """When there was traffic last, in time.monotonic() seconds; 0.0 for never."""
+
+    received: float
+    sent: float
+    others_received: float
+    """By connections of the pod that no slot explains: outgoing ones, and those of containers without a slot."""
+    others_sent: float
+
+    @property
+    def last(self) -> float:
+        return max(self.received, self.sent, self.others_received, self.others_sent)
+
+
+class PodNetwork:
+    """The hook of one pod. Closing it leaves the hook at work; `detach()` takes it away."""
+
+    def __init__(self, netns: Path, pins: Path) -> None:
+        """For `attach` and `adopt`. Opens what is pinned. Raises BpfError, NetworkError."""
+        self.netns = netns
+        self.pins = pins
+        self.corrupt = 0
+        """Parked packets whose checksum was wrong, and which therefore weren't sent again."""
+        self.attached_in = 0.0
+        """Seconds that `attach` or `adopt` took."""
+        self._callback: Callable[[Parked], None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._links: dict[int, Link] = {}
+        self._marks: dict[int, int] = {}
+        with contextlib.ExitStack() as stack:
+            self._maps = {name: _closing(stack, Map(pins / name, key, value)) for name, (key, value) in _MAPS.items()}
+            layout = _POD.unpack(self._get("pod", 0))[0]
+            if layout not in (0, _LAYOUT):
+                raise NetworkError(
+                    f"The hook pinned in {pins} belongs to another version of criproxy (layout {layout})"
+                )
+            self._ring = _closing(stack, RingBuffer(_closing(stack, Pinned(pins / _RING))))
+            self._programs = {name: _program_id(pins / name) for name in DIRECTIONS}
+            self._route, self._diag, self._sender = _open_sockets(stack, netns)
+            self._ports: dict[bytes, bytes] = dict(self._maps["ports"].items())
+            self._flows: dict[bytes, bytes] = dict(self._maps["flows"].items())
+            self._resources = stack.pop_all()
+
+    @classmethod
+    def attach(cls, netns: Path, pins: Path, *, ring_bytes: int = RING_BYTES, program: Path = OBJECT) -> Self:
+        """Puts a hook into the network namespace `netns`; `pins`: a folder to be made on a bpf file system.
+
+        `ring_bytes` (a power of two, 4096 or more) bounds what is parked and not yet read. Raises BpfError or
+        NetworkError; nothing stays behind then.
+        """
+        if ring_bytes < 4096 or ring_bytes & (ring_bytes - 1):
+            raise NetworkError(f"The ring buffer can't have {ring_bytes} bytes (a power of two from 4096 on)")
+        began = time.monotonic()
+        # Once pinned, the rest is as after a restart of the daemon.
+        Object(program, pins, {_RING: ring_bytes}, (*_MAPS, _RING), DIRECTIONS).close()
+        try:
+            self = cls(netns, pins)
+        except BaseException:
+            unpin(pins)
+            raise
+        try:
+            changed = in_network_namespace(netns, _change_settings)
+            self._maps["pod"].set(_U32.pack(0), _POD.pack(_LAYOUT, 0, changed))
+            self._hook()
+        except BaseException as error:
+            self.detach()
+            if isinstance(error, OSError):
+                raise NetworkError(f"Cannot attach to the pod's network {netns}: {error.strerror or error}") from error
+            raise
+        self.attached_in = time.monotonic() - began
+        return self
+
+    @classmethod
+    def adopt(cls, netns: Path, pins: Path) -> Self:
+        """Finds the hook that an earlier daemon left. Slots, modes and parked packets are as they were.
+
+        Raises BpfError or NetworkError if it isn't (wholly) there, or is another version's: `discard(pins)` and
+        `attach` are the way out then.
+        """
+        began = time.monotonic()
+        self = cls(netns, pins)
+        try:
+            if _POD.unpack(self._get("pod", 0))[0] != _LAYOUT:
+                raise NetworkError(f"The hook pinned in {pins} was never finished")
+            for key, value in self._maps["links"].items():
+                self._marks[_U32.unpack(key)[0]] = _LINK.unpack(value)[0]
+            self._hook()
+        except OSError as error:
+            self.close()
+            raise NetworkError(f"Cannot adopt the hook in {netns}: {error.strerror or error}") from error
+        except BaseException:
+            self.close()
+            raise
+        self.attached_in = time.monotonic() - began
+        return self
+
+    @staticmethod
+    def discard(pins: Path) -> None:
+        """Removes the pins of a pod that is gone; its hook went with its network namespace."""
+        unpin(pins)
+
+    # --- slots -------------------------------------------------------------------------------------------------
+
+    def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None:
+        """Says which local ports are the slot's, instead of those that were before.
+
+        Traffic of `quiet` ports neither counts as activity nor wakes; it is dropped while the slot is parked.
+        A port that another slot had moves to this one. Raises BpfError.
+        """
+        wanted = {_port(port): _OWNER.pack(_slot(slot), 0) for port in ports}
+        wanted |= {_port(port): _OWNER.pack(slot, _QUIET) for port in quiet}
+        self._reconcile("ports", self._ports, wanted, slot)
+
+    def park(self, slot: int, mode: Park, flows: Iterable[Flow] = (), passing: Iterable[Flow] = ()) -> None:
+        """Sets the slot's mode; `flows` are connections that are the slot's too (Park.ALL), those given before aren't
+        any more. `passing` are connections that are let through although their port is the slot's.
+
+        Takes effect for packets that come in after the call. Raises BpfError.
+        """
+        wanted = {_four(flow): _FLOW.pack(_slot(slot), 0, 0, 0, 0, 0, 0) for flow in flows}
+        wanted |= {_four(flow): _FLOW.pack(slot, _LET_PASS, 0, 0, 0, 0, 0) for flow in passing}
+        if mode is not Park.PASS:
+            self._reconcile("flows", self._flows, wanted, slot)
+        layout, before, changed = _POD.unpack(self._get("pod", 0))
+        parking = before - (self.mode(slot) is not Park.PASS) + (mode is not Park.PASS)
+        if parking > before:  # the shortcut for running pods is closed first, and opened last
+            self._maps["pod"].set(_U32.pack(0), _POD.pack(layout, parking, changed))
+        self._maps["modes"].set(_U32.pack(slot), _U32.pack(mode))
+        if parking < before:
+            self._maps["pod"].set(_U32.pack(0), _POD.pack(layout, parking, changed))
+        if mode is Park.PASS:
+            self._reconcile("flows", self._flows, wanted, slot)
+
+    def mode(self, slot: int) -> Park:
+        """The slot's mode, also as an earlier daemon left it."""
+        return Park(_U32.unpack(self._get("modes", slot))[0])
+
+    def activity(self, slot: int) -> Activity:
+        """When the slot's ports and flows, and the rest of the pod, had traffic last."""
+        received, sent = _SLOT.unpack(self._get("slots", slot))[:2]
+        others_received, others_sent = _OTHERS.unpack(self._get("others", 0))
+        return Activity(received / 1e9, sent / 1e9, others_received / 1e9, others_sent / 1e9)
+
+    def last_activity(self, slot: int) -> float:
+        """time.monotonic() of the last packet which shows that the container is used; 0.0 if there was none.
+
+        Traffic that can't be told apart (outgoing connections) counts for each slot of the pod.
+        """
+        return self.activity(slot).last
+
+    def counters(self, slot: int) -> Counters:
+        return Counters(*_SLOT.unpack(self._get("slots", slot))[2:])
+
+    # --- parked packets ----------------------------------------------------------------------------------------
+
+    def on_parked(self, callback: Callable[[Parked], None]) -> None:
+        """Calls `callback` on the running event loop for each packet that is or gets parked, in their order."""
+        self._callback = callback
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._ring.fileno(), self.poll)
+
+    def poll(self) -> None:
+        """Hands all packets that are parked now to the callback, without waiting for the event loop."""
+        if self._callback is None:
+            return
+        for record in self._ring.read():
+            try:
+                self._callback(_parked(record))
+            except Exception:
+                log.exception("a parked packet of %s was lost", self.netns)
+
+    def send(self, packets: Sequence[Parked]) -> int:
+        """Sends packets again to the links that they came from, in this order. They pass whatever the mode is.
+
+        Slots in Park.ALL go to Park.WAKE with it: whoever sends has the sockets back, and the first thing that follows
+        a SYN is the client's ACK, which must reach them.
+
+        Returns how many were delivered to their link; damaged ones aren't (see `corrupt`), nor those without a link.
+        """
+        for slot in {parked.slot for parked in packets}:
+            if self.mode(slot) is Park.ALL:
+                self._maps["modes"].set(_U32.pack(slot), _U32.pack(Park.WAKE))
+        delivered = 0
+        for parked in packets:
+            mark = self._marks.get(parked.ifindex)
+            if mark is None:
+                log.warning("%s: the link of a parked packet is gone: %s", self.netns, parked)
+                continue
+            try:
+                frames = packet.prepare(parked.frame, parked.gso_size)
+                for frame in frames:
+                    self._sender.sendmsg([frame], [(socket.SOL_SOCKET, socket.SO_MARK, _U32.pack(mark))])
+                delivered += 1
+            except packet.Corrupt as error:
+                self.corrupt += 1
+                log.info("%s: %s isn't sent again: %s", self.netns, parked, error)
+            except OSError as error:
+                log.warning("%s: cannot send %s again: %s", self.netns, parked, error.strerror)
+        return delivered
+
+    def sockets(self, protos: Sequence[sockets.Proto] = sockets.PROTOS) -> list[Socket]:
+        """All TCP and UDP sockets of the pod. Raises OSError."""
+        return sockets.sockets(self._diag, protos)
+
+    # --- the hook itself ---------------------------------------------------------------------------------------
+
+    def problem(self) -> str | None:
+        """Checks that each link has its hook, and repairs: links that came later get one, a removed one is put back.
+
+        Returns a sentence if a link stays without; None if all is well.
+        """
+        try:
+            return self._hook(checking=True)
+        except (OSError, BpfError) as error:
+            return f"The hook in the pod's network can't be checked: {error}"
+
+    def _hook(self, checking: bool = False) -> str | None:
+        """Hooks every link that isn't hooked. Raises the first error, or tells it when `checking`."""
+        trouble: str | None = None
+        programs: dict[Direction, Pinned] = {}
+        found = {link.index: link for link in netlink.links(self._route)}
+        for index in set(self._marks) - set(found):
+            self._forget(index)
+        try:
+            for link in found.values():
+                missing = [direction for direction in DIRECTIONS if not self._hooked(link, direction)]
+                if not missing and link.index in self._marks:
+                    continue
+                if checking and missing and link.index in self._marks:
+                    log.warning("%s: somebody removed the hook from %s; it is put back", self.netns, link.name)
+                try:
+                    for direction in missing:
+                        if direction not in programs:
+                            programs[direction] = Pinned(self.pins / direction)
+                    self._hook_link(link, missing, programs)
+                except OSError as error:
+                    if not checking:
+                        raise
+                    trouble = f"The link {link.name} of the pod can't be hooked: {error.strerror}"
+        finally:
+            for program in programs.values():
+                program.close()
+        self._links = found
+        return trouble
+
+    def _hooked(self, link: Link, direction: Direction) -> bool:
+        return any(
+            (f.kind, f.preference, f.handle, f.program) == ("bpf", PREFERENCE, HANDLE, self._programs[direction])
+            for f in netlink.filters(self._route, link.index, direction)
+        )
+
+    def _hook_link(self, link: Link, missing: Collection[Direction], programs: dict[Direction, Pinned]) -> None:
+        made = netlink.add_clsact(self._route, link.index) if missing else False
+        key = _U32.pack(link.index)
+        if (known := self._maps["links"].get(key)) is not None:
+            made = made or bool(_LINK.unpack(known)[1])
+        if link.index not in self._marks:
+            # Random, and kept in the maps alone: a container with CAP_NET_RAW may set marks, but has to guess.
+            self._marks[link.index] = secrets.randbits(32) or 1
+        mark = self._marks[link.index]
+        self._maps["replay"].set(_U32.pack(mark), key)
+        self._maps["links"].set(key, _LINK.pack(mark, made, link.header))
+        for direction in missing:
+            netlink.add_filter(
+                self._route, link.index, direction, PREFERENCE, HANDLE, programs[direction].fileno(), NAME
+            )
+
+    def _forget(self, index: int) -> None:
+        mark = self._marks.pop(index)
+        self._maps["replay"].delete(_U32.pack(mark))
+        self._maps["links"].delete(_U32.pack(index))
+
+    def detach(self) -> None:
+        """Takes the hook away: filters, qdiscs that were ours, settings, pins. What is parked is lost. Closes."""
+        try:
+            known = {_U32.unpack(key)[0]: _LINK.unpack(value) for key, value in self._maps["links"].items()}
+            for link in netlink.links(self._route):
+                if link.index in known:
+                    self._unhook(link.index, bool(known[link.index][1]))
+            changed = _POD.unpack(self._get("pod", 0))[2]
+            if changed:
+                in_network_namespace(self.netns, lambda: _restore_settings(changed))
+        except FileNotFoundError:
+            pass  # the namespace file is gone: the pod is, and its settings with it
+        except (OSError, BpfError) as error:
+            log.warning("%s: the hook isn't removed completely: %s", self.netns, error)
+        finally:
+            self.close()
+            unpin(self.pins)
+
+    def _unhook(self, index: int, made: bool) -> None:
+        for direction in DIRECTIONS:
+            netlink.delete_filter(self._route, index, direction, PREFERENCE, HANDLE)
+        if made and not any(netlink.filters(self._route, index, direction) for direction in DIRECTIONS):
+            netlink.delete_clsact(self._route, index)
+
+    def close(self) -> None:
+        """Lets go of the hook, which goes on as it is. Can be called twice."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._ring.fileno())
+            self._loop = None
+        self._callback = None
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- maps --------------------------------------------------------------------------------------------------
+
+    def _get(self, name: str, index: int) -> bytes:
+        value = self._maps[name].get(_U32.pack(index))
+        if value is None:
+            raise NetworkError(f"The hook has no slot {index} (0 to {SLOTS - 1})")
+        return value
+
+    def _reconcile(self, name: str, known: dict[bytes, bytes], wanted: dict[bytes, bytes], slot: int) -> None:
+        """Makes the slot's entries of a map those in `wanted`; `known` is what the map holds."""
+        table = self._maps[name]
+        for key, value in wanted.items():
+            if known.get(key) != value:
+                table.set(key, value)
+                known[key] = value
+        for key in [key for key, value in known.items() if key not in wanted and _U32.unpack_from(value)[0] == slot]:
+            table.delete(key)
+            del known[key]
+
+
+def _closing(stack: contextlib.ExitStack, resource: _Resource) -> _Resource:
+    stack.callback(resource.close)
+    return resource
+
+
+def _program_id(path: Path) -> int:
+    program = Pinned(path)
+    try:
+        return program.id()
+    finally:
+        program.close()
+
+
+def _open_sockets(stack: contextlib.ExitStack, netns: Path) -> tuple[Netlink, Netlink, socket.socket]:
+    """The sockets that live in the pod's namespace: for links and filters, for its sockets, for sending again."""
+
+    def make() -> tuple[Netlink, Netlink, socket.socket]:
+        route = _closing(stack, Netlink(netlink.NETLINK_ROUTE))
+        diag = _closing(stack, Netlink(netlink.NETLINK_SOCK_DIAG))
+        # Protocol 0: it receives nothing, and costs the pod's other packets nothing.
+        sender = _closing(stack, socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0))
+        sender.setblocking(False)
+        sender.bind(("lo", 0))
+        return route, diag, sender
+
+    try:
+        return in_network_namespace(netns, make)
+    except OSError as error:
+        raise NetworkError(f"Cannot enter the pod's network namespace {netns}: {error.strerror or error}") from error
+
+
+def _change_settings() -> int:
+    """Runs in the pod's namespace. Returns the bits of what was changed."""
+    changed = 0
+    for bit, (path, before, value) in enumerate(_SETTINGS):
+        try:
+            with open(path, "r+") as setting:
+                if setting.read().strip() == before:
+                    setting.write(value)
+                    changed |= 1 << bit
+        except FileNotFoundError:
+            continue  # a kernel without MPTCP or IPv4
+    return changed
+
+
+def _restore_settings(changed: int) -> None:
+    for bit, (path, before, _) in enumerate(_SETTINGS):
+        if changed & 1 << bit:
+            with open(path, "w") as setting:
+                setting.write(before)
+
+
+def _parked(record: bytes) -> Parked:
+    slot, ifindex, length, header, payload, gso_size, proto, flags, time_ns = _RECORD.unpack_from(record)
+    frame = record[_RECORD.size : _RECORD.size + length]
+    return Parked(
+        slot,
+        ifindex,
+        frame if header else packet.with_link_header(frame),
+        _NAMES[proto],
+        bool(flags & _SYN),
+        bool(flags & _FIN),
+        bool(flags & _RST),
+        payload,
+        gso_size,
+        time_ns / 1e9,
+    )
+
+
+def _slot(slot: int) -> int:
+    if not 0 <= slot < SLOTS:
+        raise NetworkError(f"The hook has no slot {slot} (0 to {SLOTS - 1})")
+    return slot
+
+
+def _port(port: Port) -> bytes:
+    return _PORT.pack(port.number.to_bytes(2, "big"), _NUMBERS[port.proto])
+
+
+def _four(flow: Flow) -> bytes:
+    (local, local_port), (remote, remote_port) = flow.local, flow.remote
+    return _FOUR.pack(
+        _address(local),
+        _address(remote),
+        local_port.to_bytes(2, "big"),
+        remote_port.to_bytes(2, "big"),
+        _NUMBERS[flow.proto],
+    )
+
+
+def _address(text: str) -> bytes:
+    if ":" in text:
+        return socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    return bytes(10) + b"\xff\xff" + socket.inet_pton(socket.AF_INET, text)

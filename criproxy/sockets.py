@@ -1,0 +1,140 @@
+"""The sockets of a pod's network namespace, as sock_diag(7) tells them: of every process in it, and of none.
+
+A socket that no process holds has inode 0: a handshake under way, or a connection that the kernel closes by itself.
+Connections which wait to be accepted have inode 0 as well; their listener counts them in `receive_queue`.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from criproxy.netlink import Netlink, attributes
+from criproxy.policy import Port
+
+Address = tuple[str, int]
+"""IP address and port. IPv4-mapped IPv6 addresses are told as the IPv4 address they are."""
+
+Proto = Literal["tcp", "udp"]
+PROTOS: Final[tuple[Proto, Proto]] = ("tcp", "udp")
+
+STATES: Final = (
+    "",
+    "ESTABLISHED",
+    "SYN_SENT",
+    "SYN_RECV",
+    "FIN_WAIT1",
+    "FIN_WAIT2",
+    "TIME_WAIT",
+    "CLOSE",
+    "CLOSE_WAIT",
+    "LAST_ACK",
+    "LISTEN",
+    "CLOSING",
+    "SYN_RECV",
+    "CLOSE",
+)
+"""Names by the kernel's numbers (include/net/tcp_states.h). UDP: ESTABLISHED if connected, else CLOSE."""
+
+_CONNECTED: Final = frozenset(
+    {"ESTABLISHED", "SYN_SENT", "FIN_WAIT1", "FIN_WAIT2", "CLOSE_WAIT", "LAST_ACK", "CLOSING"}
+)
+
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_INET_DIAG_INFO: Final = 2
+_REQUEST: Final = struct.Struct("=BBBxI48x")
+_ANSWER: Final = struct.Struct("=BBxx2s2s16s16s16xII4xI")
+_LAST_DATA_SENT, _LAST_DATA_RECEIVED = 44, 52  # in struct tcp_info
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A connection, seen from the pod."""
+
+    proto: Proto
+    local: Address
+    remote: Address
+
+
+@dataclass(frozen=True)
+class Socket:
+    proto: Proto
+    state: str
+    """One of STATES."""
+    local: Address
+    remote: Address
+    inode: int
+    """As in /proc/PID/fd; 0: no process holds it (any more, or not yet)."""
+    receive_queue: int
+    """Bytes that the application hasn't read; for a listener the connections that wait to be accepted."""
+    send_queue: int
+    """Bytes that the peer hasn't acknowledged; for a listener the length that its queue may have."""
+    last_received: int | None
+    """TCP: milliseconds since payload came in last (since the start of the connection if none did)."""
+    last_sent: int | None
+    """TCP: milliseconds since payload was sent last (a large number if it never was)."""
+
+    @property
+    def port(self) -> Port:
+        """The local port."""
+        return Port(self.proto, self.local[1])
+
+    @property
+    def listening(self) -> bool:
+        return self.state == "LISTEN"
+
+    @property
+    def connected(self) -> bool:
+        """It has a peer: also half closed, also a connected UDP socket. A handshake that comes in isn't one yet."""
+        return self.state in _CONNECTED
+
+    @property
+    def flow(self) -> Flow:
+        return Flow(self.proto, self.local, self.remote)
+
+
+def sockets(diag: Netlink, protos: Sequence[Proto] = PROTOS) -> list[Socket]:
+    """All sockets of the namespace that `diag` (a NETLINK_SOCK_DIAG socket) was made in. Raises OSError."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return [found for proto in protos for family in families for found in _dump(diag, proto, family)]
+
+
+def _dump(diag: Netlink, proto: Proto, family: int) -> Iterator[Socket]:
+    tcp = proto == "tcp"
+    body = _REQUEST.pack(
+        family,
+        socket.IPPROTO_TCP if tcp else socket.IPPROTO_UDP,
+        1 << (_INET_DIAG_INFO - 1) if tcp else 0,
+        0xFFFFFFFF,
+    )
+    for message in diag.dump(_SOCK_DIAG_BY_FAMILY, body):
+        found, state, sport, dport, source, target, received, sent, inode = _ANSWER.unpack_from(message)
+        last_sent = last_received = None
+        if tcp and state not in (3, 6, 10, 12):  # TIME_WAIT, handshakes and listeners have no such clocks
+            for kind, value in attributes(message[_ANSWER.size :]):
+                if kind == _INET_DIAG_INFO and len(value) >= _LAST_DATA_RECEIVED + 4:
+                    last_sent = struct.unpack_from("=I", value, _LAST_DATA_SENT)[0]
+                    last_received = struct.unpack_from("=I", value, _LAST_DATA_RECEIVED)[0]
+        yield Socket(
+            proto,
+            STATES[state] if state < len(STATES) else str(state),
+            (_address(found, source), int.from_bytes(sport, "big")),
+            (_address(found, target), int.from_bytes(dport, "big")),
+            inode,
+            received,
+            sent,
+            last_received,
+            last_sent,
+        )
+
+
+def _address(family: int, raw: bytes) -> str:
+    if family == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, raw[:4])
+    if raw.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, raw[12:])
+    return socket.inet_ntop(socket.AF_INET6, raw)
