@@ -45,8 +45,12 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
-def set_up(level: str, stream: TextIO = sys.stderr, environment: Mapping[str, str] = os.environ) -> None:
-    """Sends this process's log to `stream` from `level` (a key of `LEVELS`) on; a second call replaces the first."""
+def set_up(level: str, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
+    """Sends this process's log to `stream` (standard error) from `level` on, a key of `LEVELS`.
+
+    A second call replaces the first.
+    """
+    stream = sys.stderr if stream is None else stream
     handler = logging.StreamHandler(stream)
     journal = _is_journal(stream, environment.get("JOURNAL_STREAM", ""))
     handler.setFormatter(JournalFormatter() if journal else TextFormatter())

@@ -327,7 +327,7 @@ def parse(
     ours = {key.removeprefix(OURS): value for key, value in annotations.items() if key.startswith(OURS)}
     theirs = {key.removeprefix(ZEROPOD): value for key, value in annotations.items() if key.startswith(ZEROPOD)}
     for name in sorted(ours):
-        _check_known(name)
+        _check_known(name)  # never longer than the 316 characters that Kubernetes allows
     shared = {key.name for key in KEYS if key.zeropod}
     if not ours and not theirs.keys() & (shared | IGNORED.keys()) and runtime_handler != HANDLER:
         return None
@@ -369,13 +369,14 @@ def _read(key: Key[T], ours: Mapping[str, str], theirs: Mapping[str, str]) -> T 
             try:
                 return key.parse(value)
             except BadValue as error:
-                raise PolicyError(f'{prefix}{key.name}: "{_shortened(value)}" {error}') from None
+                reason = _shortened(str(error), 400)
+                raise PolicyError(f'{prefix}{key.name}: "{_shortened(value)}" {reason}') from None
     return None
 
 
-def _shortened(value: str) -> str:
+def _shortened(text: str, longest: int = 80) -> str:
     """Annotations may be 256 KiB long, and the sentence ends up in an event of the pod."""
-    return value if len(value) <= 80 else value[:77] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def _tier(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Tier:
