@@ -9,6 +9,10 @@ On the wire a unary answer is a stream of one, so one kind of handler carries ev
 
 CRI's methods that are known to be unary go to containerd as unary_unary, which takes fewer turns of the event loop
 (a fifth of the time). Methods in `intercept` do the same, with an interceptor (see calls.py) between the two.
+
+What grpc keeps to itself doesn't pass: user-agent, which it writes anew, and the metadata grpc-trace-bin and
+grpc-tags-bin, which it doesn't show (nobody in Kubernetes sends them). Initial metadata of a streaming call that fails
+before its first message may be lost, for the same reason; containerd sends none.
 """
 
 from __future__ import annotations
@@ -22,10 +26,10 @@ import os
 import secrets
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import grpc
 from grpc import aio
@@ -36,6 +40,7 @@ from criproxy.channel import UNLIMITED, Channel, socket_path
 log = logging.getLogger(__name__)
 
 _Context = aio.ServicerContext[bytes, bytes]
+_Result = TypeVar("_Result")
 
 _GOODBYE: Final = "criproxy is shutting down"
 
@@ -143,61 +148,66 @@ class Proxy:
         if interceptor is None and method not in UNARY:
 
             async def pass_stream(requests: AsyncIterator[bytes], context: _Context) -> None:
-                with self._call(method, context) as task:
-                    await self._stream(method, await _only_message(method, requests), context, task)
+                await self._serve(method, context, self._stream(method, requests, context))
 
             return grpc.stream_stream_rpc_method_handler(pass_stream)
 
         async def pass_unary(requests: AsyncIterator[bytes], context: _Context) -> bytes:
-            with self._call(method, context):
-                return await self._unary(method, await _only_message(method, requests), context, interceptor)
-            return b""  # an error: grpc sends the status alone
+            return await self._serve(method, context, self._unary(method, requests, context, interceptor))
 
         return grpc.stream_unary_rpc_method_handler(pass_unary)
 
-    @contextlib.contextmanager
-    def _call(self, method: str, context: _Context) -> Iterator[asyncio.Task[Any]]:
+    async def _serve(self, method: str, context: _Context, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Counts the call among those under way, and turns what is raised into its status."""
-        task = asyncio.current_task()
-        assert task is not None
+        task = _this_task()
         self._calls[task] = _streams(method)
         try:
-            if self._closing:
-                raise Abort(grpc.StatusCode.UNAVAILABLE, _GOODBYE)
-            yield task
+            if not self._closing:
+                return await work
+            work.close()
+            failure: CallError = Abort(grpc.StatusCode.UNAVAILABLE, _GOODBYE)
         except CallError as error:
-            _finish(context, error.code, error.message, error.trailing_metadata)
+            failure = error
         except asyncio.CancelledError:
             if task not in self._ending:
                 raise  # the client has gone; grpc knows
             task.uncancel()
-            _finish(context, grpc.StatusCode.UNAVAILABLE, _GOODBYE)
+            failure = Abort(grpc.StatusCode.UNAVAILABLE, _GOODBYE)
         except Exception as error:
             log.exception("%s failed inside criproxy", method)
-            _finish(context, grpc.StatusCode.INTERNAL, f"criproxy: {type(error).__name__}: {error}")
+            failure = Abort(grpc.StatusCode.INTERNAL, f"criproxy: {type(error).__name__}: {error}")
         finally:
             del self._calls[task]
             self._ending.discard(task)
+        # A status that is set instead would take an empty message along.
+        await context.abort(failure.code, failure.message, failure.trailing_metadata)
+        raise failure  # not reached: abort raises
 
-    async def _stream(self, method: str, request: bytes, context: _Context, task: asyncio.Task[Any]) -> None:
+    async def _stream(self, method: str, requests: AsyncIterator[bytes], context: _Context) -> None:
+        request = await _only_message(method, requests)
         call: aio.UnaryStreamCall[bytes, bytes] = self._upstream.ready().unary_stream(method, _RAW, _RAW)(
             request, timeout=context.time_remaining(), metadata=_without_agent(context.invocation_metadata())
         )
         try:
             if initial := tuple(await call.initial_metadata()):
                 await context.send_initial_metadata(initial)
-            first = True
+            messages = 0
             async for message in call:
                 await context.write(message)
-                self._calls[task] = self._calls[task] or not first
-                first = False
-            _finish(context, await call.code(), await call.details(), tuple(await call.trailing_metadata()))
+                messages += 1
+                if messages == 2:
+                    self._calls[_this_task()] = True
+            context.set_details(await call.details() or "")  # OK may have a message too
+            context.set_trailing_metadata(tuple(await call.trailing_metadata()))
         except aio.AioRpcError as error:
             raise _upstream_error(error) from None
         finally:
             call.cancel()
 
-    async def _unary(self, method: str, request: bytes, context: _Context, interceptor: Interceptor | None) -> bytes:
+    async def _unary(
+        self, method: str, requests: AsyncIterator[bytes], context: _Context, interceptor: Interceptor | None
+    ) -> bytes:
+        request = await _only_message(method, requests)
         metadata = _without_agent(context.invocation_metadata())
 
         async def send(data: bytes) -> Answer:
@@ -262,6 +272,12 @@ async def _only_message(method: str, requests: AsyncIterator[bytes]) -> bytes:
     return request
 
 
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
 def _streams(method: str) -> bool:
     """Whether CRI answers this method with a stream. Others are known for one by their second message."""
     name = method.rpartition("/")[2]
@@ -276,13 +292,6 @@ def _without_agent(metadata: aio.Metadata | None) -> Metadata:
 def _upstream_error(error: aio.AioRpcError) -> UpstreamError:
     trailing = tuple(cast(aio.Metadata, error.trailing_metadata()))
     return UpstreamError(error.code(), error.details() or "", trailing, tuple(error.initial_metadata()))
-
-
-def _finish(context: _Context, code: grpc.StatusCode, message: str, trailing: Metadata = ()) -> None:
-    context.set_code(code)
-    context.set_details(message or "")
-    if trailing:
-        context.set_trailing_metadata(trailing)
 
 
 # --- The socket -------------------------------------------------------------------------------------------------
