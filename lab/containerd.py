@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,9 +171,11 @@ class Containerd:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and self._service:
-            print(f"containerd's log:\n{self._service.tail()}", flush=True)
-        self._stack.__exit__(kind, error, traceback)
+        # Also when nobody reads stderr any more.
+        with self._stack:
+            if isinstance(error, Exception) and self._service:
+                complaints = self._service.tail("level=(warning|error|fatal)")
+                print(f"containerd complained:\n{complaints}", file=sys.stderr, flush=True)
 
     def _prepare(self) -> None:
         shutil.rmtree(self.logs, ignore_errors=True)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,10 +154,12 @@ class Daemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and self._service:
-            print(f"criproxy's log:\n{self._service.tail()}", flush=True)
-        left = self.leftovers() if error is None else []
-        self._close()
+        try:
+            if isinstance(error, Exception) and self._service:
+                print(f"criproxy's log:\n{self._service.tail()}", file=sys.stderr, flush=True)
+            left = self.leftovers() if error is None else []
+        finally:
+            self._close()
         if left:
             raise LabError(f"criproxy left behind: {', '.join(left)}", f"its log: {self.lab.logs / 'criproxy.log'}")
 

@@ -5,6 +5,7 @@ Daemons get a session of their own, so that Ctrl-C in a terminal reaches the lab
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -17,6 +18,7 @@ from lab import LabError
 
 # What a person wants to see of a log when something failed; the whole stays in the file.
 TAIL_LINES = 40
+TAIL_COLUMNS = 400
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -105,9 +107,11 @@ class Service:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
 
-    def tail(self, lines: int = TAIL_LINES) -> str:
-        text = "\n".join(f"  | {line}" for line in self.output().splitlines()[-lines:])
-        return f"{text}\n  (all of it: {self.log})"
+    def tail(self, only: str = "") -> str:
+        """The end of its log for a person: the last lines (of those that match the regular expression `only`)."""
+        lines = [line for line in self.output().splitlines() if re.search(only, line)][-TAIL_LINES:]
+        shown = [line if len(line) <= TAIL_COLUMNS else f"{line[:TAIL_COLUMNS]}…" for line in lines]
+        return "\n".join([*(f"  | {line}" for line in shown), f"  (all of it: {self.log})"])
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ disable_services() {
             case $file in
                 */lib/systemd/system/*@*) ;;
                 */lib/systemd/system/*.service | */lib/systemd/system/*.socket | */lib/systemd/system/*.timer)
-                    quiet deb-systemd-helper disable "$(basename "$file")"
+                    DPKG_MAINTSCRIPT_PACKAGE=$package quiet deb-systemd-helper disable "$(basename "$file")"
                     ;;
                 /etc/init.d/*) if [ -x /usr/sbin/update-rc.d ]; then quiet update-rc.d "$(basename "$file")" disable; fi ;;
             esac
