@@ -141,6 +141,8 @@ class _Tree:
         while todo:
             name = todo.popleft()
             if name == "..":
+                if descriptors[-1] is not None and not stat.S_ISDIR(os.fstat(descriptors[-1]).st_mode):
+                    raise _Missing
                 if names:
                     names.pop()
                     descriptors.pop()

@@ -257,10 +257,11 @@ def _check_pod(config: cri_pb2.ContainerConfig, runtime: Configuration | None, h
 def _check_mounts(config: cri_pb2.ContainerConfig, *, with_kdat: bool) -> None:
     ours = [PurePosixPath(BUNDLE_PATH)]
     if with_kdat:
-        # Most images have /var/run as a symbolic link to /run.
-        ours += [PurePosixPath(KDAT_PATH), PurePosixPath("/var" + KDAT_PATH)]
+        ours.append(PurePosixPath(KDAT_PATH))
     for mount in config.mounts:
         theirs = PurePosixPath(posixpath.normpath("/" + mount.container_path.lstrip("/")))
+        if theirs.is_relative_to("/var/run"):  # a symbolic link to /run in most images
+            theirs = "/run" / theirs.relative_to("/var/run")
         for path in ours:
             # Below: it would hide ours. Above: our mount point would be made in the pod's volume.
             if path.is_relative_to(theirs) or theirs.is_relative_to(path):
