@@ -19,6 +19,9 @@ from typing import Final
 UNIFIED: Final = ""
 """The key of the v2 tree among the controllers of v1, as in /proc/PID/cgroup."""
 
+KEPT: Final = 64 << 20
+"""Bytes of file pages that a container may keep while it sleeps."""
+
 # v2 first, as there all is in one; then those of v1 which every runtime gives a container a folder in.
 _FOR_PROCESSES: Final = (UNIFIED, "pids", "memory", "freezer", "devices", "cpu", "name=systemd")
 
@@ -136,16 +139,20 @@ class Cgroup:
                     entry.put_back()
             record.unlink(missing_ok=True)
 
-    def reclaim(self) -> None:
-        """Gives back what the processes leave behind, file pages above all, as far as the kernel can at once.
+    def reclaim(self, keep: int = KEPT) -> None:
+        """Gives back what the processes leave behind, file pages above all, but for about `keep` bytes.
 
-        Best effort, never an error. Blocks: for some milliseconds with nothing to do, longer with much.
+        Those are the application's own code, and a restore that has to read it from the disk again takes longer: 4 ms
+        more for redis (2 MB), 55 ms more for node (33 MB), measured with all of it given back. The kernel takes such
+        pages by itself when it needs them. v1 can only give back all: that happens where there is more than `keep`.
+
+        Best effort, never an error. Blocks for 1 to 3 ms.
         """
-        if folder := self._own("memory"):
+        if (folder := self._own("memory")) and _number(folder / "memory.usage_in_bytes") > keep:
             _write(folder / "memory.force_empty", "0")
-        elif folder := self._own(UNIFIED):
-            # More than there is: the kernel takes what it can, and answers EAGAIN.
-            _write(folder / "memory.reclaim", _read(folder / "memory.current") or "0")
+        elif (folder := self._own(UNIFIED)) and (excess := _number(folder / "memory.current") - keep) > 0:
+            # The kernel takes what it can; EAGAIN says that this was less.
+            _write(folder / "memory.reclaim", str(excess))
 
     def _own(self, controller: str) -> Path | None:
         """The container's folder, if it has one of its own in that tree."""
