@@ -63,7 +63,7 @@ def _serve(_: argparse.Namespace, settings: Config) -> int:
     # gRPC, bcc and netlink are loaded by those who serve only: `criproxy status` is to be quick.
     from criproxy import daemon
 
-    log.setup(settings.log_level)
+    log.set_up(settings.log_level)
     asyncio.run(daemon.serve(settings))
     return 0
 
@@ -107,15 +107,31 @@ def _as_json(container: api.ContainerStatus) -> dict[str, Any]:
     }
 
 
-_HEADINGS = (
-    "NAMESPACE", "POD", "CONTAINER", "STATE", "SINCE", "ACTIVITY", "MEMORY", "CHECKPOINT", "CYCLES", "RESTORE", "REASON",
-)  # fmt: skip
+_HEADINGS = tuple(
+    [
+        "NAMESPACE",
+        "POD",
+        "CONTAINER",
+        "STATE",
+        "SINCE",
+        "ACTIVITY",
+        "MEMORY",
+        "CHECKPOINT",
+        "CYCLES",
+        "RESTORE",
+        "REASON",
+    ]
+)
 
 
 def _table(containers: Sequence[api.ContainerStatus]) -> str:
     rows = [_HEADINGS, *(_row(_as_json(c)) for c in containers)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "
+".join(line.rstrip() for line in lines)
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _row(container: dict[str, Any]) -> tuple[str, ...]:

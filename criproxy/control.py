@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -11,7 +13,7 @@ from grpc import aio
 
 from criproxy.api import control_pb2 as api
 from criproxy.container import State
-from criproxy.listen import Listener
+from criproxy.listen import listen
 from criproxy.node import Node
 from criproxy.sandbox import Member
 
@@ -24,21 +26,27 @@ class ControlError(Exception):
     """The daemon can't be asked. A sentence for people, with a hint."""
 
 
-class ControlServer(Listener):
-    """Answers from what the node knows. `async with ControlServer(path, node):` serves until the block ends."""
+@contextlib.asynccontextmanager
+async def serve(path: Path, node: Node) -> AsyncIterator[None]:
+    """Answers at `path` from what the node knows, until the block ends. Raises ListenError."""
 
-    def __init__(self, path: Path, node: Node) -> None:
-        async def status(request: api.StatusRequest, context: aio.ServicerContext[api.StatusRequest, object]) -> object:
-            return _status(node)
+    async def status(request: api.StatusRequest, context: object) -> api.StatusResponse:
+        return _status(node)
 
-        methods = {
-            "Status": grpc.unary_unary_rpc_method_handler(
-                status,
-                request_deserializer=api.StatusRequest.FromString,
-                response_serializer=api.StatusResponse.SerializeToString,
-            )
-        }
-        super().__init__(path, [grpc.method_handlers_generic_handler(_SERVICE, methods)])
+    methods = {
+        "Status": grpc.unary_unary_rpc_method_handler(
+            status,
+            request_deserializer=api.StatusRequest.FromString,
+            response_serializer=api.StatusResponse.SerializeToString,
+        )
+    }
+    server = aio.server(handlers=[grpc.method_handlers_generic_handler(_SERVICE, methods)])
+    listening = await listen(server, path)
+    try:
+        yield
+    finally:
+        listening.remove()
+        await server.stop(grace=1)
 
 
 def ask_status(path: Path) -> list[api.ContainerStatus]:

@@ -8,13 +8,11 @@ import logging
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 
-from criproxy import bpf, bundle
+from criproxy import bpf, bundle, control
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
-from criproxy.control import ControlServer
 from criproxy.interceptors import Interceptors
 from criproxy.node import Node
 from criproxy.proxy import Proxy
@@ -54,7 +52,7 @@ async def serve(config: Config) -> None:
         stack.push_async_callback(node.close)
         stack.push_async_callback(interceptors.close)
         await node.adopt()
-        await stack.enter_async_context(ControlServer(config.control, node))
+        await stack.enter_async_context(control.serve(config.control, node))
         await stack.enter_async_context(
             Proxy(str(config.listen), str(config.runtime_endpoint), interceptors.by_method())
         )
@@ -71,6 +69,5 @@ def _notify(state: str) -> None:
     if not address:
         return
     # An abstract socket's name begins with a zero byte, which the environment can't hold.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
-        with contextlib.suppress(OSError):
-            notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, contextlib.suppress(OSError):
+        notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,7 +22,7 @@ from criproxy.config import Config
 from criproxy.container import Record, State
 from criproxy.containerd import Configuration
 from criproxy.node import Node
-from criproxy.runtime import ImageConfig, Runtime, RuntimeCallError
+from criproxy.runtime import CriError, ImageConfig, Runtime
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 from criproxy.seccomp import Profiles
 
@@ -64,7 +63,7 @@ class Interceptors:
             "Exec": self.stream,
             "Attach": self.stream,
             "PortForward": self.port_forward,
-            **{name: self.image for name in ("PullImage", "ImageStatus", "RemoveImage", "ListImages")},
+            **dict.fromkeys(("PullImage", "ImageStatus", "RemoveImage", "ListImages"), self.image),
         }
         return {method: handler for name, handler in handlers.items() for method in methods(name)}
 
@@ -97,10 +96,8 @@ class Interceptors:
             return await call.forward()
         for key in pod.ignored:
             log.info("%s/%s: %s has no meaning here and is ignored", metadata.namespace, metadata.name, key)
-        response = await call.forward(rewrite.sandbox(call.request, mptcp_off=Path("/proc/sys/net/mptcp").exists()))
-        await self._shielded(
-            self._add_sandbox(cri.RunPodSandboxResponse.FromString(response).pod_sandbox_id, request)
-        )
+        response = await call.forward(rewrite.sandbox(call.request))
+        await self._shielded(self._add_sandbox(cri.RunPodSandboxResponse.FromString(response).pod_sandbox_id, request))
         return response
 
     async def _add_sandbox(self, sandbox_id: str, request: cri.RunPodSandboxRequest) -> None:
@@ -108,12 +105,12 @@ class Interceptors:
             id=sandbox_id,
             namespace=request.config.metadata.namespace,
             name=request.config.metadata.name,
-            annotations={k: v for k, v in request.config.annotations.items() if k.startswith((policy.OURS, policy.ZEROPOD))},
+            annotations={k: v for k, v in request.config.annotations.items() if k.startswith(policy.PREFIXES)},
             runtime_handler=request.runtime_handler,
         )
         try:
             netns = (await self._runtime.sandbox_status(sandbox_id)).netns
-        except RuntimeCallError as error:
+        except CriError as error:
             record.problem = f"the pod's network namespace is not known: {error}"
         else:
             if netns is None:
@@ -169,7 +166,7 @@ class Interceptors:
         handler = sandbox.record.runtime_handler
         try:
             image = await self._runtime.image_status(request.config.image.image)
-        except RuntimeCallError as error:
+        except CriError as error:
             raise rewrite.Unsupported(f"its image's entrypoint is not known: {error}") from None
         rewritten = rewrite.container(
             call.request,
@@ -204,7 +201,7 @@ class Interceptors:
         record = member.record
         try:
             status = await self._runtime.container_status(record.id)
-        except RuntimeCallError as error:
+        except CriError as error:
             member.disable(f"its process is not known: {error}")
             return
         if not status.pid:
@@ -294,9 +291,9 @@ class Interceptors:
         cwd = request.config.working_dir or image.working_dir or "/"
         binds = executable.binds(request.config)
         try:
-            mounts = await self._runtime.snapshot_mounts(container_id)
+            mounts = await self._runtime.mounts(await self._runtime.container_status(container_id))
             answer = await asyncio.to_thread(_look_up, mounts, command, path, binds, cwd)
-        except (RuntimeCallError, executable.RootfsError) as error:
+        except (CriError, executable.RootfsError) as error:
             log.info("whether %s has its command is not known: %s", container_id, error)
             return False
         return answer is executable.Answer.MISSING

@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 OURS = "criproxy.io/"
 ZEROPOD = "zeropod.ctrox.dev/"
+PREFIXES = (OURS, ZEROPOD)
 # The runtime handler that zeropod's RuntimeClass names.
 HANDLER = "zeropod"
 DEFAULT_DURATION = 60.0

@@ -18,16 +18,8 @@ before its first message may be lost, for the same reason; containerd sends none
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import fcntl
 import logging
-import os
-import secrets
-import socket
-import stat
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, TypeVar, cast
 
@@ -36,6 +28,7 @@ from grpc import aio
 
 from criproxy.calls import UNARY, Abort, Answer, Call, CallError, Interceptor, Metadata, UpstreamError
 from criproxy.channel import UNLIMITED, Channel, socket_path
+from criproxy.listen import ListenError, Listening, listen
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +44,11 @@ _RAW: Final[Any] = None
 # both together; one that waits for an answer in between streams, and that is refused.
 _HALF_CLOSE: Final = 5.0  # seconds
 
-# sun_path holds 108 bytes with the terminating zero.
-_LONGEST_PATH: Final = 107
-
 _SERVER_OPTIONS: Final = (
     *UNLIMITED,
     # grpc-go pings as often as it likes to measure bandwidth; the default would end the connection for it.
     ("grpc.http2.max_ping_strikes", 0),
 )
-
-
-class ListenError(Exception):
-    """The socket can't be served. The text is one sentence for people."""
 
 
 class Proxy:
@@ -89,7 +75,7 @@ class Proxy:
         self._ending: set[asyncio.Task[Any]] = set()  # those that the shutdown ends
         self._closing = False
         self._server: aio.Server | None = None
-        self._inode = 0
+        self._socket: Listening | None = None
 
     async def __aenter__(self) -> Proxy:
         await self.start()
@@ -103,17 +89,7 @@ class Proxy:
     async def start(self) -> None:
         """Serves from now on. Raises ListenError."""
         server = aio.server(handlers=[_AnyMethod(self._handler)], options=list(_SERVER_OPTIONS))
-        with _claimed(self.path) as fresh:
-            # grpc binds and listens here. The mask decides the mode at that instant, before anyone can connect.
-            mask = os.umask(0o177)
-            try:
-                server.add_insecure_port(f"unix://{fresh}")
-            except RuntimeError as error:
-                raise ListenError(f"Cannot listen on {self.path}: {error}") from None
-            finally:
-                os.umask(mask)
-            await server.start()
-            self._inode = fresh.stat().st_ino
+        self._socket = await listen(server, self.path)
         self._server = server
 
     async def close(self) -> None:
@@ -124,9 +100,8 @@ class Proxy:
         self._closing = True
         server, self._server = self._server, None
         if server is not None:
-            with contextlib.suppress(OSError):
-                if self.path.stat().st_ino == self._inode:
-                    self.path.unlink()
+            if self._socket is not None:
+                self._socket.remove()
             stopping = asyncio.ensure_future(server.stop(self._grace + 1))
             self._end(task for task, streams in self._calls.items() if streams)
             if self._calls:
@@ -292,47 +267,3 @@ def _without_agent(metadata: aio.Metadata | None) -> Metadata:
 def _upstream_error(error: aio.AioRpcError) -> UpstreamError:
     trailing = tuple(cast(aio.Metadata, error.trailing_metadata()))
     return UpstreamError(error.code(), error.details() or "", trailing, tuple(error.initial_metadata()))
-
-
-# --- The socket -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[Path]:
-    """Yields a path to listen on, and puts it in the place of `path` when the block ends well.
-
-    By the rename a stale socket is replaced without a moment in which there is none. Raises ListenError when `path`
-    is somebody's.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fresh = path.with_name(f".{secrets.token_hex(3)}")
-    if (longest := max(len(os.fsencode(path)), len(os.fsencode(fresh)))) > _LONGEST_PATH:
-        raise ListenError(f"{path} is too long for a socket ({longest} bytes of {_LONGEST_PATH}); use a shorter folder")
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            # Two that start at once would both find the socket stale.
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ListenError(f"Another criproxy is starting in {path.parent}") from None
-        _refuse_live(path)
-        try:
-            yield fresh
-            fresh.rename(path)
-        finally:
-            fresh.unlink(missing_ok=True)
-    finally:
-        os.close(folder)
-
-
-def _refuse_live(path: Path) -> None:
-    try:
-        kind = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(kind):
-        raise ListenError(f"{path} exists and isn't a socket; remove it or listen somewhere else")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        if (problem := probe.connect_ex(os.fspath(path))) != errno.ECONNREFUSED:
-            how = "" if problem in (0, errno.EAGAIN) else f" ({os.strerror(problem)})"
-            raise ListenError(f"{path} is in use{how}; stop the process that serves it or listen somewhere else")

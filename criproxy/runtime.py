@@ -133,7 +133,7 @@ class Runtime:
     """A client of the containerd at `endpoint` (unix://…). Made and used on one event loop; close() it.
 
     `timeout` is what one attempt may take, `patience` how long an unreachable containerd is tried again; both in
-    seconds. Only reads are asked for here, so that repeating one does no harm. Each call raises CriError.
+    seconds. Only what may be repeated without harm is asked for here. Each call raises CriError.
     """
 
     def __init__(self, endpoint: str, timeout: float = 10.0, patience: float = 5.0) -> None:
@@ -155,6 +155,16 @@ class Runtime:
     async def version(self) -> Version:
         answer = await self._ask(_SERVICE + "Version", cri_pb2.VersionRequest(), cri_pb2.VersionResponse)
         return Version(answer.runtime_name, answer.runtime_version, answer.runtime_api_version)
+
+    async def info(self) -> Mapping[str, str]:
+        """What Status(verbose) tells of the runtime itself; its configuration is among it (see containerd.py)."""
+        request = cri_pb2.StatusRequest(verbose=True)
+        return (await self._ask(_SERVICE + "Status", request, cri_pb2.StatusResponse)).info
+
+    async def remove_container(self, container_id: str) -> None:
+        """Of one that was never started; one that is gone already is no error."""
+        request = cri_pb2.RemoveContainerRequest(container_id=container_id)
+        await self._ask(_SERVICE + "RemoveContainer", request, cri_pb2.RemoveContainerResponse)
 
     async def container_status(self, container_id: str) -> ContainerInfo:
         """Raises NotFound when it was removed."""

@@ -20,7 +20,7 @@ END_SECONDS = 10.0
 
 class Workload:
     def __init__(self, init_pid: int, folder: Path, criu: Criu, *, stop_signal: str = "SIGTERM") -> None:
-        """`init_pid`: the container's PID 1 as the host sees it. `folder`: the container's own in the state directory."""
+        """`init_pid`: the container's PID 1 on the host. `folder`: the container's own in the state directory."""
         self.init_pid = init_pid
         self._criu = criu
         self._images = folder / "checkpoint"
