@@ -166,5 +166,5 @@ def snapshot_mounts(kubelet: Kubelet, container_id: str) -> list[containerd_pb2.
     ).info
     snapshotter = json.loads(info["info"])["snapshotter"]
     request = containerd_pb2.MountsRequest(snapshotter=snapshotter, key=container_id)
-    response = invoke(request, metadata=[("containerd-namespace", "k8s.io")], timeout=10)
+    response = invoke(request, metadata=(("containerd-namespace", "k8s.io"),), timeout=10)
     return list(response.mounts)
