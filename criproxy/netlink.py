@@ -177,11 +177,17 @@ def links(route: Netlink) -> list[Link]:
 
 
 def add_clsact(route: Netlink, link: int) -> bool:
-    """Makes a link's clsact qdisc. False if there is one (or an `ingress` qdisc) already. Raises OSError."""
+    """Makes a link's clsact qdisc. False if there is one already. Raises OSError, for one if an `ingress` qdisc
+    is in its place (which would take filters for egress as well, and run them on ingress)."""
     body = _TCMSG.pack(0, link, 0xFFFF0000, _CLSACT, 0) + _attribute(_TCA_KIND, b"clsact\0")
     try:
         route.request(_RTM_NEWQDISC, body, _CREATE | _EXCL)
     except FileExistsError:
+        for message in route.dump(_RTM_GETQDISC, _TCMSG.pack(0, link, 0, 0, 0)):
+            _, index, _, parent, _ = _TCMSG.unpack_from(message)
+            kind = _text(dict(attributes(message[_TCMSG.size :])).get(_TCA_KIND, b""))
+            if index == link and parent == _CLSACT and kind != "clsact":
+                raise OSError(errno.EBUSY, f"somebody's {kind} qdisc is in clsact's place") from None
         return False
     return True
 

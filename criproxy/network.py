@@ -527,10 +527,13 @@ def _change_settings() -> int:
     changed = 0
     for bit, (path, before, value) in enumerate(_SETTINGS):
         try:
-            with open(path, "r+") as setting:
-                if setting.read().strip() == before:
+            with open(path) as setting:
+                present = setting.read().strip()
+            if present == before:
+                # Opened anew: the kernel ignores, without an error, what is written behind a setting's first byte.
+                with open(path, "w") as setting:
                     setting.write(value)
-                    changed |= 1 << bit
+                changed |= 1 << bit
         except FileNotFoundError:
             continue  # a kernel without MPTCP or IPv4
     return changed

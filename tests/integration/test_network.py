@@ -1,0 +1,725 @@
+"""The hook in a pod's network namespace, with real traffic. An application sleeps here by its packets being parked."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+
+import pytest
+from topology import PEER4, POD4, POD6, Topology, family_of, make_socket, run, segment, topology
+
+from criproxy.network import NetworkError, Park, Parked, PodNetwork
+from criproxy.policy import Port
+from criproxy.sockets import Flow
+
+HTTP = Port("tcp", 80)
+ADDRESSES = [
+    pytest.param("peer", POD4, id="peer-v4"),
+    pytest.param("peer", POD6, id="peer-v6"),
+    pytest.param("node", POD4, id="node-v4"),
+    pytest.param("node", POD6, id="node-v6"),
+    pytest.param("pod", "127.0.0.1", id="lo-v4"),
+    pytest.param("pod", "::1", id="lo-v6"),
+    pytest.param("pod", POD4, id="lo-own-address-v4"),
+    pytest.param("pod", POD6, id="lo-own-address-v6"),
+]
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+UDP_SEGMENT = 103
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Topology]:
+    with topology() as made:
+        yield made
+
+
+class Hook:
+    """The hook, and what whoever wakes containers does with it."""
+
+    def __init__(self, network: PodNetwork) -> None:
+        self.network = network
+        self.packets: list[Parked] = []
+        self.wanted = asyncio.Event()
+        network.on_parked(self.take)
+
+    def take(self, packet: Parked) -> None:
+        self.packets.append(packet)
+        if packet.wakes:
+            self.wanted.set()
+
+    def wake(self, slot: int = 0) -> None:
+        while self.packets:
+            packets, self.packets = self.packets, []
+            self.network.send(packets)
+            self.network.poll()
+        self.network.park(slot, Park.PASS)
+        self.network.poll()
+        packets, self.packets = self.packets, []
+        self.network.send(packets)
+        self.wanted.clear()
+
+
+@pytest.fixture
+async def hook(net: Topology) -> AsyncIterator[Hook]:
+    network = PodNetwork.attach(net.netns, net.pins)
+    network.assign(0, {HTTP})
+    yield Hook(network)
+    network.detach()
+
+
+@asynccontextmanager
+async def serving(net: Topology, greeting: bytes = b"", port: int = 80) -> AsyncIterator[list[tuple[str, int]]]:
+    """An echo server in the pod, IPv4 and IPv6, which may speak first. Yields the clients that it sees."""
+    clients: list[tuple[str, int]] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        clients.append(writer.get_extra_info("peername")[:2])
+        writer.write(greeting)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    listener = make_socket(net.pod, socket.AF_INET6)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind(("::", port))
+    server = await asyncio.start_server(talk, sock=listener)
+    try:
+        yield clients
+    finally:
+        server.close()
+
+
+async def connect(net: Topology, where: str, address: str, port: int = 80) -> socket.socket:
+    made = make_socket(getattr(net, where), family_of(address))
+    async with asyncio.timeout(5):
+        await asyncio.get_running_loop().sock_connect(made, (address, port))
+    return made
+
+
+async def receive(client: socket.socket, size: int, timeout: float = 10) -> bytes:
+    data = b""
+    async with asyncio.timeout(timeout):
+        while len(data) < size:
+            chunk = await asyncio.get_running_loop().sock_recv(client, size - len(data))
+            if not chunk:
+                break
+            data += chunk
+    return data
+
+
+async def send(client: socket.socket, data: bytes) -> None:
+    await asyncio.get_running_loop().sock_sendall(client, data)
+
+
+async def ask(client: socket.socket, data: bytes) -> bytes:
+    await send(client, data)
+    return await receive(client, len(data))
+
+
+def plain(address: str) -> str:
+    return address.removeprefix("::ffff:")
+
+
+# --- attaching -----------------------------------------------------------------------------------------------------
+
+
+def test_detach_leaves_nothing(net: Topology) -> None:
+    before, descriptors = net.inventory(), len(os.listdir("/proc/self/fd"))
+    network = PodNetwork.attach(net.netns, net.pins)
+    assert net.inventory() != before
+    assert network.problem() is None
+    network.detach()
+    assert net.inventory() == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_attaching_is_quick(net: Topology) -> None:
+    times = []
+    for _ in range(5):
+        network = PodNetwork.attach(net.netns, net.pins)
+        times.append(network.attached_in)
+        network.detach()
+    print(f"attach: {[round(t * 1e3, 1) for t in times]} ms")
+    assert min(times) < 0.05
+
+
+def test_filters_and_qdiscs_of_others_stay(net: Topology) -> None:
+    run(f"tc -n {net.pod} qdisc add dev eth0 clsact")
+    try:
+        run(f"tc -n {net.pod} filter add dev eth0 ingress pref 1 protocol all bpf bytecode '1,6 0 0 0,'")
+        before = net.inventory()
+        network = PodNetwork.attach(net.netns, net.pins)
+        assert "pref 1 bpf" in run(f"tc -n {net.pod} filter show dev eth0 ingress")
+        network.detach()
+        assert net.inventory() == before
+    finally:
+        run(f"tc -n {net.pod} qdisc del dev eth0 clsact")
+
+
+def test_settings_that_the_packets_need(net: Topology) -> None:
+    network = PodNetwork.attach(net.netns, net.pins)
+    settings = net.inventory()
+    network.detach()
+    assert settings["net.ipv4.conf.lo.route_localnet"] == settings["net.ipv4.conf.lo.accept_local"] == "1\n"
+    assert settings["net.mptcp.enabled"] in ("0\n", "")
+
+
+def test_a_missing_namespace_is_named(net: Topology) -> None:
+    with pytest.raises(NetworkError, match="/run/netns/nowhere"):
+        PodNetwork.attach(net.netns.with_name("nowhere"), net.pins)
+    assert not net.pins.exists()
+
+
+async def test_links_that_come_later_and_hooks_that_go(net: Topology, hook: Hook) -> None:
+    run(f"ip -n {net.pod} link add later type bridge")
+    try:
+        assert hook.network.problem() is None
+        assert "criproxy" in run(f"tc -n {net.pod} filter show dev later ingress")
+        run(f"tc -n {net.pod} filter del dev eth0 ingress")
+        assert hook.network.problem() is None
+        assert "criproxy" in run(f"tc -n {net.pod} filter show dev eth0 ingress")
+        run(f"tc -n {net.pod} qdisc del dev eth0 clsact")
+        assert hook.network.problem() is None
+        assert "criproxy" in run(f"tc -n {net.pod} filter show dev eth0 egress")
+    finally:
+        run(f"ip -n {net.pod} link del later")
+    assert hook.network.problem() is None
+
+
+async def test_a_link_that_cannot_be_hooked_is_a_problem(net: Topology, hook: Hook) -> None:
+    run(f"tc -n {net.pod} qdisc del dev eth0 clsact")
+    run(f"tc -n {net.pod} qdisc add dev eth0 ingress")  # takes clsact's place, and has no egress
+    try:
+        assert "eth0" in (hook.network.problem() or "")
+    finally:
+        run(f"tc -n {net.pod} qdisc del dev eth0 ingress")
+    assert hook.network.problem() is None
+
+
+# --- activity ------------------------------------------------------------------------------------------------------
+
+
+async def test_activity_in_both_directions(net: Topology, hook: Hook) -> None:
+    network = hook.network
+    assert network.last_activity(0) == 0.0
+    async with serving(net):
+        began = time.monotonic()
+        with closing(await connect(net, "peer", POD4)) as client:
+            connected = network.activity(0)
+            assert began <= connected.received <= time.monotonic()
+            await ask(client, b"request")
+            answered = network.activity(0)
+            assert answered.sent > answered.received > connected.received
+            await asyncio.sleep(0.1)  # the delayed ACK
+            assert network.activity(0) == answered
+            client.close()  # FIN, and its answer
+            await asyncio.sleep(0.1)
+            assert network.activity(0) == answered
+            assert answered.others_received == answered.others_sent == 0.0
+    assert network.last_activity(1) == 0.0
+
+
+async def test_what_is_not_activity(net: Topology, hook: Hook) -> None:
+    async with serving(net):
+        client = await connect(net, "peer", POD4)
+        await ask(client, b"x")
+        before = hook.network.activity(0)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        await asyncio.sleep(1.5)
+        run(f"ip netns exec {net.peer} ping -c 1 -W 1 {POD4}", check=False)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()  # RST
+        await asyncio.sleep(0.05)
+        assert hook.network.activity(0) == before
+
+
+async def test_a_keepalive_with_a_byte_is_not_activity(net: Topology, hook: Hook) -> None:
+    async with serving(net):
+        with (
+            closing(await connect(net, "peer", POD4)) as client,
+            closing(make_socket(net.peer, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
+        ):
+            await ask(client, b"x")
+            await asyncio.sleep(0.1)
+            client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+            numbers = []
+            for queue in (2, 1):  # what was sent, what was received
+                client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+                numbers.append(client.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF)
+            client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, -1)
+            before = hook.network.activity(0)
+            raw.sendto(segment(client.getsockname(), (POD4, 80), numbers[0] - 1, numbers[1], 0x10, b"x"), (POD4, 0))
+            assert hook.network.activity(0) == before
+            raw.sendto(segment(client.getsockname(), (POD4, 80), numbers[0], numbers[1], 0x18, b"x"), (POD4, 0))
+            assert hook.network.activity(0).received > before.received
+
+
+async def test_outgoing_connections_count_for_every_slot(net: Topology, hook: Hook) -> None:
+    with closing(make_socket(net.peer, socket.AF_INET)) as listener:
+        listener.bind((PEER4, 5432))
+        listener.listen()
+        began = time.monotonic()
+        with closing(await connect(net, "pod", PEER4, 5432)):
+            assert hook.network.last_activity(0) >= began
+            assert hook.network.last_activity(5) >= began
+            assert hook.network.activity(0).sent == 0.0
+
+
+async def test_udp_counts_on_listed_ports(net: Topology, hook: Hook) -> None:
+    with (
+        closing(make_socket(net.pod, socket.AF_INET, socket.SOCK_DGRAM)) as server,
+        closing(make_socket(net.peer, socket.AF_INET, socket.SOCK_DGRAM)) as client,
+    ):
+        server.bind((POD4, 53))
+        client.sendto(b"q", (POD4, 53))
+        assert hook.network.last_activity(0) == 0.0
+        hook.network.assign(0, {HTTP, Port("udp", 53)})
+        client.sendto(b"q", (POD4, 53))
+        assert hook.network.last_activity(0) > 0.0
+
+
+async def test_sockets_tell_what_waits(net: Topology, hook: Hook) -> None:
+    with closing(make_socket(net.pod, socket.AF_INET6)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("::", 80))
+        listener.listen(7)
+        with closing(await connect(net, "peer", POD4)) as client:
+            await send(client, b"four")
+            found = {s.state: s for s in hook.network.sockets() if s.port == HTTP}
+            assert found["LISTEN"].listening
+            assert (found["LISTEN"].receive_queue, found["LISTEN"].send_queue) == (1, 7)
+            assert found["LISTEN"].inode == os.fstat(listener.fileno()).st_ino
+            waiting = found["ESTABLISHED"]
+            assert (waiting.inode, waiting.receive_queue) == (0, 4)
+            assert waiting.flow == Flow("tcp", (POD4, 80), client.getsockname())
+            with closing((await asyncio.get_running_loop().sock_accept(listener))[0]) as server:
+                await asyncio.sleep(0.1)
+                await send(server, b"answer")
+                (accepted,) = [s for s in hook.network.sockets(["tcp"]) if s.connected]
+                assert accepted.inode == os.fstat(server.fileno()).st_ino
+                assert accepted.last_received is not None
+                assert accepted.last_sent is not None
+                assert accepted.last_received >= 80 > accepted.last_sent
+
+
+# --- parking -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("where", "address"), ADDRESSES)
+@pytest.mark.parametrize("mode", [Park.NEW, Park.ALL])
+async def test_a_new_connection_waits_and_is_served(
+    net: Topology, hook: Hook, where: str, address: str, mode: Park
+) -> None:
+    # The server speaks first: nothing but the SYN can wake it, and a lost ACK would cost a second.
+    async with serving(net, greeting=b"hello") as clients:
+        hook.network.park(0, mode)
+        began = time.monotonic()
+        connecting = asyncio.create_task(connect(net, where, address))
+        async with asyncio.timeout(2):
+            await hook.wanted.wait()
+        seen = time.monotonic()
+        await asyncio.sleep(0.02)  # the restore
+        assert not connecting.done()
+        woken = time.monotonic()
+        hook.wake()
+        with closing(await connecting) as client:
+            assert await receive(client, 5) == b"hello"
+            served = time.monotonic()
+            assert served - began < 0.5
+            (peer,) = clients
+            assert (plain(peer[0]), peer[1]) == client.getsockname()[:2]
+            assert await ask(client, b"more") == b"more"
+        print(f"event {1e3 * (seen - began):.2f} ms, wake to greeting {1e3 * (served - woken):.2f} ms")
+
+
+@pytest.mark.parametrize(("where", "address"), ADDRESSES)
+async def test_an_established_connection_waits_and_goes_on(net: Topology, hook: Hook, where: str, address: str) -> None:
+    async with serving(net), contextmanaged(await connect(net, where, address)) as client:
+        for cycle in range(5):
+            assert await ask(client, b"before") == b"before"
+            await asyncio.sleep(0.05)
+            hook.network.park(0, Park.ALL)
+            message = f"cycle {cycle}".encode()
+            await send(client, message)
+            async with asyncio.timeout(2):
+                await hook.wanted.wait()
+            with pytest.raises(TimeoutError):
+                await receive(client, len(message), timeout=0.02)
+            hook.wake()
+            assert await receive(client, len(message), timeout=1) == message
+
+
+@asynccontextmanager
+async def contextmanaged(client: socket.socket) -> AsyncIterator[socket.socket]:
+    with closing(client):
+        yield client
+
+
+@pytest.mark.parametrize("address", [POD4, POD6])
+@pytest.mark.parametrize("where", ["peer", "pod"])
+async def test_large_sends_arrive_whole(net: Topology, hook: Hook, where: str, address: str) -> None:
+    data = os.urandom(8 << 20)
+    async with serving(net), contextmanaged(await connect(net, where, address)) as client:
+        await ask(client, os.urandom(1 << 20))  # the congestion window grows
+        answer = asyncio.create_task(receive(client, len(data), timeout=20))
+        largest = 0
+        sending = asyncio.create_task(send(client, data))
+        while not sending.done():
+            hook.network.park(0, Park.ALL)
+            await asyncio.sleep(0.01)
+            largest = max([largest, *(len(packet.frame) for packet in hook.packets)])
+            hook.wake()
+            await asyncio.sleep(0.005)
+        await sending
+        assert hashlib.sha256(await answer).digest() == hashlib.sha256(data).digest()
+        print(f"largest frame {largest}, {hook.network.counters(0)}")
+        assert largest > 9000
+        assert hook.network.corrupt == 0
+
+
+async def test_end_of_a_connection_waits_and_does_not_wake(net: Topology, hook: Hook) -> None:
+    async with serving(net):
+        closed, aborted = await connect(net, "peer", POD4), await connect(net, "peer", POD4)
+        await ask(closed, b"x")
+        await asyncio.sleep(0.05)
+        hook.network.park(0, Park.ALL)
+        closed.close()
+        aborted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        aborted.close()
+        await asyncio.sleep(0.05)
+        assert [(packet.fin, packet.rst) for packet in hook.packets] == [(True, False), (False, True)]
+        assert not hook.wanted.is_set()
+        assert sum(s.state == "ESTABLISHED" for s in hook.network.sockets()) == 2
+        hook.wake()
+        await asyncio.sleep(0.05)
+        assert not any(s.state in ("ESTABLISHED", "CLOSE_WAIT") for s in hook.network.sockets())
+
+
+async def test_keepalives_are_not_parked(net: Topology, hook: Hook) -> None:
+    async with serving(net), contextmanaged(await connect(net, "peer", POD4)) as client:
+        hook.network.park(0, Park.ALL)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        await asyncio.sleep(1.3)
+        assert hook.packets == []
+        assert hook.network.counters(0).dropped >= 1
+        hook.network.park(0, Park.PASS)
+        assert await ask(client, b"alive") == b"alive"
+
+
+async def test_mode_new_lets_existing_connections_go_on(net: Topology, hook: Hook) -> None:
+    async with serving(net), contextmanaged(await connect(net, "peer", POD4)) as client:
+        hook.network.park(0, Park.NEW)
+        assert await ask(client, b"x") == b"x"
+        assert hook.packets == []
+
+
+async def test_outgoing_connections_are_parked_by_their_flow(net: Topology, hook: Hook) -> None:
+    with closing(make_socket(net.peer, socket.AF_INET)) as listener:
+        listener.bind((PEER4, 5432))
+        listener.listen()
+        with (
+            closing(await connect(net, "pod", PEER4, 5432)) as client,
+            closing(await connect(net, "pod", PEER4, 5432)) as bystander,
+        ):
+            loop = asyncio.get_running_loop()
+            accepted = [(await loop.sock_accept(listener))[0] for _ in range(2)]
+            flow = Flow("tcp", client.getsockname(), (PEER4, 5432))
+            assert flow in [s.flow for s in hook.network.sockets() if s.connected]
+            hook.network.park(0, Park.ALL, [flow])
+            for connection in accepted:
+                await send(connection, b"row")
+            assert await receive(bystander, 3) == b"row"
+            with pytest.raises(TimeoutError):
+                await receive(client, 3, timeout=0.05)
+            hook.wake()
+            assert await receive(client, 3) == b"row"
+            for connection in accepted:
+                connection.close()
+
+
+async def test_a_flow_that_is_let_pass(net: Topology, hook: Hook) -> None:
+    async with serving(net), contextmanaged(await connect(net, "peer", POD4)) as client:
+        hook.network.park(0, Park.ALL, passing=[Flow("tcp", (POD4, 80), client.getsockname())])
+        assert await ask(client, b"x") == b"x"
+
+
+async def test_slots_are_apart(net: Topology, hook: Hook) -> None:
+    hook.network.assign(3, {Port("tcp", 81)})
+    async with serving(net, b"zero"), serving(net, b"three", port=81):
+        hook.network.park(3, Park.ALL)
+        with closing(await connect(net, "peer", POD4)) as client:
+            assert await receive(client, 4) == b"zero"
+        assert hook.network.mode(0) is Park.PASS
+        waiting = asyncio.create_task(connect(net, "peer", POD4, 81))
+        await hook.wanted.wait()
+        assert [packet.slot for packet in hook.packets] == [3]
+        hook.network.park(0, Park.ALL)
+        hook.wake(3)
+        with closing(await waiting) as client:
+            assert await receive(client, 5) == b"three"
+        assert hook.network.mode(0) is Park.ALL
+
+
+async def test_quiet_ports_neither_count_nor_wake(net: Topology, hook: Hook) -> None:
+    hook.network.assign(0, {HTTP}, quiet={Port("tcp", 9100)})
+    async with serving(net, port=9100):
+        with closing(await connect(net, "peer", POD4, 9100)) as client:
+            assert await ask(client, b"x") == b"x"
+        await asyncio.sleep(0.05)
+        assert hook.network.last_activity(0) == 0.0
+        hook.network.park(0, Park.ALL)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await connect(net, "peer", POD4, 9100)
+        assert hook.packets == []
+        assert hook.network.counters(0).quiet == 1
+
+
+# --- UDP -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("where", "address"), ADDRESSES)
+async def test_datagrams_wait_in_their_order(net: Topology, hook: Hook, where: str, address: str) -> None:
+    hook.network.assign(0, {Port("udp", 53)})
+    family = family_of(address)
+    with (
+        closing(make_socket(net.pod, family, socket.SOCK_DGRAM)) as server,
+        closing(make_socket(getattr(net, where), family, socket.SOCK_DGRAM)) as client,
+    ):
+        server.bind(("::" if ":" in address else "0.0.0.0", 53))
+        hook.network.park(0, Park.ALL)
+        # The largest doesn't fit into one packet: its first fragment waits here, the others in the kernel.
+        messages = [str(n).encode() * (n + 1) for n in range(20)] + [os.urandom(5000), b"end"]
+        for message in messages:
+            client.sendto(message, (address, 53))
+        await asyncio.sleep(0.05)
+        with pytest.raises(BlockingIOError):
+            server.recvfrom(9000)
+        assert hook.wanted.is_set()
+        hook.wake()
+        received = [server.recvfrom(9000) for _ in messages]
+        # The one in fragments is complete when they meet, which is at once.
+        assert [data for data, _ in received] == messages
+        assert {peer[1] for _, peer in received} == {client.getsockname()[1]}
+
+
+@pytest.mark.parametrize("address", [POD4, POD6])
+async def test_datagrams_that_travel_as_one_arrive_as_many(net: Topology, hook: Hook, address: str) -> None:
+    hook.network.assign(0, {Port("udp", 53)})
+    family = family_of(address)
+    with (
+        closing(make_socket(net.pod, family, socket.SOCK_DGRAM)) as server,
+        closing(make_socket(net.peer, family, socket.SOCK_DGRAM)) as client,
+    ):
+        server.bind((address, 53))
+        client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1000)
+        hook.network.park(0, Park.ALL)
+        data = os.urandom(8500)
+        client.sendto(data, (address, 53))
+        await asyncio.sleep(0.05)
+        hook.wake()
+        parts = [server.recvfrom(9000)[0] for _ in range(9)]
+        assert parts == [data[n : n + 1000] for n in range(0, 8500, 1000)]
+
+
+# --- what may go wrong -----------------------------------------------------------------------------------------------
+
+
+async def test_an_overflow_is_counted_and_tcp_recovers(net: Topology) -> None:
+    network = PodNetwork.attach(net.netns, net.pins, ring_bytes=8192)
+    try:
+        network.assign(0, {HTTP})
+        hook = Hook(network)
+        async with serving(net), contextmanaged(await connect(net, "peer", POD4)) as client:
+            await ask(client, b"x" * 100_000)
+            network.park(0, Park.ALL)
+            data = os.urandom(300_000)
+            answer = asyncio.create_task(receive(client, len(data)))
+            sending = asyncio.create_task(send(client, data))
+            await asyncio.sleep(0.3)
+            assert network.counters(0).overflowed > 0
+            hook.wake()
+            await sending
+            assert await answer == data
+    finally:
+        network.detach()
+
+
+async def test_marks_of_a_container_open_nothing(net: Topology, hook: Hook) -> None:
+    async with serving(net):
+        hook.network.park(0, Park.ALL)
+        for mark in (1, 0xC71, 0xFFFFFFFF, *struct.unpack("8I", os.urandom(32))):
+            with closing(make_socket(net.pod, socket.AF_INET)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("I", mark))
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.03):
+                        await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", 80))
+        assert len(hook.packets) == 11
+
+
+async def test_the_private_mark_does_not_reach_the_pod(net: Topology, hook: Hook) -> None:
+    """A rule by mark would send our packets elsewhere: `fwmark_reflect` shows which one they came in with."""
+    run(f"ip netns exec {net.pod} sysctl -qw net.ipv4.tcp_fwmark_accept=1")
+    with closing(make_socket(net.pod, socket.AF_INET)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((POD4, 80))
+        listener.listen()
+        hook.network.park(0, Park.ALL)
+        connecting = asyncio.create_task(connect(net, "peer", POD4))
+        await hook.wanted.wait()
+        hook.wake()
+        with closing(await connecting), closing((await asyncio.get_running_loop().sock_accept(listener))[0]) as server:
+            assert server.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 0
+
+
+async def test_a_damaged_packet_is_not_delivered(net: Topology, hook: Hook) -> None:
+    async with serving(net):
+        hook.network.park(0, Park.ALL)
+        with closing(make_socket(net.peer, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw:
+            good = bytearray(segment((PEER4, 4711), (POD4, 80), 1, 0, 2, b""))
+            good[36] ^= 0x55
+            raw.sendto(good, (POD4, 0))
+        await hook.wanted.wait()
+        (packet,) = hook.packets
+        assert hook.network.send([packet]) == 0
+        assert hook.network.corrupt == 1
+        assert not any(s.state == "SYN_RECV" for s in hook.network.sockets())
+
+
+async def test_many_connections_at_random_paces(net: Topology, hook: Hook) -> None:
+    """No answer is lost, doubled or out of order while the slot is parked and woken again and again."""
+    until = time.monotonic() + 3
+
+    async def keep_alive(address: str, where: str) -> int:
+        with closing(await connect(net, where, address)) as client:
+            asked = 0
+            while time.monotonic() < until:
+                message = struct.pack("!I", asked) * (1 + asked % 900)
+                assert await ask(client, message) == message
+                asked += 1
+                await asyncio.sleep(0.001 * (asked % 7))
+        return asked
+
+    async def afresh(address: str, where: str) -> int:
+        asked = 0
+        while time.monotonic() < until:
+            with closing(await connect(net, where, address)) as client:
+                assert await ask(client, b"new") == b"new"
+            asked += 1
+        return asked
+
+    async def sleeper() -> int:
+        cycles = 0
+        while time.monotonic() < until:
+            hook.network.park(0, Park.NEW)
+            await asyncio.sleep(0.001)
+            hook.network.park(0, Park.ALL)
+            await hook.wanted.wait()
+            await asyncio.sleep(0.002)
+            hook.wake()
+            cycles += 1
+            await asyncio.sleep(0.003)
+        return cycles
+
+    async with serving(net):
+        clients: list[Callable[[str, str], Awaitable[int]]] = [keep_alive, afresh]
+        paths = [(POD4, "peer"), (POD6, "peer"), (POD4, "node"), ("127.0.0.1", "pod"), ("::1", "pod"), (POD4, "pod")]
+        began = time.monotonic()
+        *asked, cycles = await asyncio.gather(*(c(*p) for c in clients for p in paths), sleeper())
+        print(f"{sum(asked)} requests, {cycles} cycles, {hook.network.counters(0)}")
+        assert time.monotonic() - began < 5
+        assert cycles > 50
+
+
+# --- after a restart of the daemon -----------------------------------------------------------------------------------
+
+
+async def test_adopt_finds_everything(net: Topology, hook: Hook) -> None:
+    network = hook.network
+    network.assign(2, {HTTP, Port("tcp", 81)}, quiet={Port("tcp", 82)})
+    async with serving(net, b"hello"):
+        flow = Flow("tcp", (POD4, 1234), (PEER4, 5678))
+        network.park(2, Park.ALL, [flow])
+        network.close()
+        waiting = asyncio.create_task(connect(net, "peer", POD6))
+        await asyncio.sleep(0.05)  # parked while nobody is there
+        with PodNetwork.adopt(net.netns, net.pins) as adopted:
+            print(f"adopt: {adopted.attached_in * 1e3:.1f} ms")
+            assert adopted.mode(2) is Park.ALL
+            assert adopted.mode(0) is Park.PASS
+            assert adopted.counters(2).parked == 1
+            assert adopted.last_activity(2) > 0
+            assert adopted.problem() is None
+            again = Hook(adopted)
+            async with asyncio.timeout(1):
+                await again.wanted.wait()
+            again.wake(2)
+            with closing(await waiting) as client:
+                assert await receive(client, 5) == b"hello"
+            adopted.assign(2, set())
+            assert adopted._maps["ports"].items() == []
+            assert adopted._maps["flows"].items() == []
+    hook.network = PodNetwork.adopt(net.netns, net.pins)
+    hook.network.detach()
+    assert not net.pins.exists()
+
+
+async def test_adopt_without_a_hook(net: Topology) -> None:
+    with pytest.raises(Exception, match="pinned"):
+        PodNetwork.adopt(net.netns, net.pins)
+
+
+# --- other links -----------------------------------------------------------------------------------------------------
+
+
+async def test_through_macvlan(net: Topology, hook: Hook) -> None:
+    """A pod's link as the macvlan CNI plugin makes it, on the node's veth to the peer."""
+    run(f"ip -n {net.peer} link add link eth0 name mac0 type macvlan mode bridge")
+    run(f"ip -n {net.peer} link set mac0 netns {net.pod}")
+    try:
+        run(f"ip -n {net.pod} addr add 10.98.0.2/24 dev mac0")
+        run(f"ip -n {net.pod} link set mac0 up")
+        run(f"ip -n {net.node} addr add 10.98.0.1/24 dev br0")
+        assert hook.network.problem() is None
+        async with serving(net, b"hello") as clients:
+            hook.network.park(0, Park.ALL)
+            connecting = asyncio.create_task(connect(net, "node", "10.98.0.2"))
+            async with asyncio.timeout(2):
+                await hook.wanted.wait()
+            hook.wake()
+            with closing(await connecting) as client:
+                assert await receive(client, 5, timeout=0.5) == b"hello"
+                assert plain(clients[0][0]) == "10.98.0.1"
+    finally:
+        run(f"ip -n {net.pod} link del mac0")
+        run(f"ip -n {net.node} addr del 10.98.0.1/24 dev br0")
+
+
+async def test_how_long_the_ways_are(net: Topology, hook: Hook) -> None:
+    """From the packet to Python, and from send() to the server's first word at the client."""
+    events, wakes = [], []
+    async with serving(net, b"hello"):
+        for _ in range(50):
+            hook.network.park(0, Park.ALL)
+            connecting = asyncio.create_task(connect(net, "peer", POD4))
+            await hook.wanted.wait()
+            events.append(time.monotonic() - hook.packets[0].time)
+            began = time.monotonic()
+            hook.wake()
+            with closing(await connecting) as client:
+                await receive(client, 5)
+            wakes.append(time.monotonic() - began)
+    median = sorted(events)[25], sorted(wakes)[25]
+    print(f"event {median[0] * 1e6:.0f} µs, wake to first byte {median[1] * 1e6:.0f} µs (medians of 50)")
+    assert median[0] < 0.005
+    assert median[1] < 0.02
