@@ -128,10 +128,7 @@ def _table(containers: Sequence[api.ContainerStatus]) -> str:
     rows = [_HEADINGS, *(_row(_as_json(c)) for c in containers)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "
-".join(line.rstrip() for line in lines)
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _row(container: dict[str, Any]) -> tuple[str, ...]:

@@ -380,17 +380,21 @@ class Container:
         self.record.checkpoint_bytes = 0
         await self._enter(State.RUNNING, reason)
         log.info("%s: running again after %.1f ms", self, self.record.last_restore_seconds * 1e3)
-        self._workload.discard()
         if self._tier is not Tier.RESTART and not reason:
-            try:
-                await self._workload.verify()
-            except AttributesChanged as error:
-                log.error("%s: ended and started afresh, state was lost: %s", self, error)
-                self._gate.park_all()
-                await self._workload.end()
-                await self._start_afresh()
-                self._gate.open()
-                self.record.reason = f"started afresh, its state was lost: {error}"
+            await self._verify()
+        self._workload.discard()
+
+    async def _verify(self) -> None:
+        """Off the way of the first packet: a restored process that may do more than before doesn't stay."""
+        try:
+            await self._workload.verify()
+        except AttributesChanged as error:
+            log.error("%s: ended and started afresh, state was lost: %s", self, error)
+            self._gate.park_all()
+            await self._workload.end()
+            await self._start_afresh()
+            self._gate.open()
+            self.record.reason = f"started afresh, its state was lost: {error}"
 
     async def _restore(self) -> str:
         """Returns what has to be told if the application had to be started afresh."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 from criproxy import checkpoint, processes
 from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import Criu, RestoreError
+from criproxy.checkpoint import Criu
+
+log = logging.getLogger(__name__)
 
 FIND_SECONDS = 30.0
 END_SECONDS = 10.0
@@ -53,7 +55,7 @@ class Workload:
 
     def _tree(self) -> list[int]:
         guard = checkpoint.guard_pid(self.init_pid)
-        return [] if guard is None else [guard, *processes.tree(guard)]
+        return [] if guard is None else processes.tree(guard)
 
     # --- what is done to it --------------------------------------------------------------------------------
 
@@ -64,14 +66,11 @@ class Workload:
 
     async def restore(self) -> None:
         with self._cgroup.lifted(self._limits):
-            try:
-                await self._criu.restore(self.init_pid, self._images)
-            except RestoreError:
-                self._kill_remains()
-                raise
+            await self._criu.restore(self.init_pid, self._images)
 
     async def verify(self) -> None:
-        await self._criu.verify(self.init_pid, self._images)
+        for remark in await self._criu.verify(self.init_pid, self._images):
+            log.info("pid %d was restored differently: %s", self.init_pid, remark)
 
     async def end(self) -> None:
         checkpoint.hold(self.init_pid)
@@ -105,7 +104,7 @@ class Workload:
         os.kill(pid, signal.Signals[name])
 
     def discard(self) -> None:
-        shutil.rmtree(self._images, ignore_errors=True)
+        checkpoint.discard(self._images)
 
     def _kill_remains(self) -> None:
         """Ends every process of the container but its init."""
