@@ -311,7 +311,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
     """One maker or remover of bundles at a time, whatever the process."""
     bundles = state_dir / "bundles"
     bundles.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with open(bundles / ".lock", "wb") as lock:
+    with open(bundles / ".lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

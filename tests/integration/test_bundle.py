@@ -1,0 +1,225 @@
+"""The bundle of a real CRIU: that it works, is built once, and takes nothing from the container that it runs in."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from criproxy import bundle, kdat, namespaces, processes, run
+from criproxy.bundle import Bundle, BundleError
+
+PROJECT = Path(bundle.__file__).parent.parent
+LIBEXEC = PROJECT / "criproxy/libexec"
+PR_SET_CHILD_SUBREAPER = 36
+
+OPTIONS = ["--manage-cgroups=ignore", "--network-lock", "skip", "-v2", "-o"]
+
+EVIL = """
+#include <fcntl.h>
+__attribute__((constructor)) static void run(void) { open(TRACE, O_CREAT | O_WRONLY, 0600); }
+"""
+
+APPLICATION = """
+#include <grp.h>
+#include <pthread.h>
+#include <unistd.h>
+static void *work(void *unused) { for (;;) usleep(20000); return unused; }
+int main(void)
+{
+    pthread_t thread;
+    setgroups(0, 0);
+    if (setgid(1234) || setuid(1234)) return 1;
+    for (int i = 0; i < 8; i++) pthread_create(&thread, 0, work, 0);
+    for (;;) pause();
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def criu_root() -> Path:
+    downloaded = PROJECT / ".build/criu"
+    return downloaded if downloaded.is_dir() else Path("/")
+
+
+@pytest.fixture(scope="module")
+def built(criu_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return bundle.build(criu_root, LIBEXEC, tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with evil.so, which makes the file `trace` there when it is loaded, and app with threads and a user."""
+    folder = tmp_path_factory.mktemp("compiled")
+    folder.chmod(0o755)
+    (folder / "evil.c").write_text(EVIL)
+    (folder / "app.c").write_text(APPLICATION)
+    evil = ["gcc", "-shared", "-fPIC", f'-DTRACE="{folder}/trace"', "-o", folder / "evil.so", folder / "evil.c"]
+    subprocess.run(evil, check=True)
+    subprocess.run(["gcc", "-pthread", "-o", folder / "app", folder / "app.c"], check=True)
+    return folder
+
+
+@pytest.fixture
+def application(compiled: Path) -> Iterator[int]:
+    """Its number stays the same over restores. Restored processes are our children, as we are a subreaper meanwhile."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(
+        [compiled / "app"], stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/"
+    )
+    try:
+        while len(processes.threads(process.pid)) < 9:
+            time.sleep(0.005)
+        yield process.pid
+    finally:
+        if processes.exists(process.pid):
+            os.kill(process.pid, 9)
+            os.waitpid(process.pid, 0)
+        process.returncode = -9
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def criu(built: Bundle, *arguments: str | Path) -> run.Completed:
+    return run.run([*built.criu_argv(str(built.path)), *arguments], env=built.environment, timeout=60)
+
+
+def test_it_is_built_once(built: Bundle, criu_root: Path) -> None:
+    state = built.path.parent.parent
+    before = sorted((path, path.stat().st_mtime_ns) for path in state.rglob("*"))
+    began = time.monotonic()
+    assert bundle.build(criu_root, LIBEXEC, state) == built
+    assert time.monotonic() - began < 2
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in state.rglob("*"))
+
+
+def test_anyone_can_run_it_and_nobody_can_change_it(built: Bundle) -> None:
+    assert built.path.stat().st_mode & 0o777 == 0o755
+    for path in built.path.iterdir():
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o755 if path.is_dir() else 0o555 if path.name in {"criu", "ld.so", "init", "enter"} else 0o444)
+
+
+def test_it_starts_where_there_is_nothing_else(built: Bundle, tmp_path: Path) -> None:
+    """As in an image without libc."""
+    shutil.copytree(built.path, tmp_path / "root/.criproxy")
+    said = subprocess.run(
+        ["chroot", tmp_path / "root", *built.criu_argv(), "--version"], capture_output=True, check=True
+    )
+    assert f"Version: {built.version}" in said.stdout.decode()
+
+
+def test_it_starts_from_a_descriptor(built: Bundle) -> None:
+    folder = os.open(built.path, os.O_RDONLY | os.O_DIRECTORY)
+    argv = [*built.criu_argv(f"/proc/self/fd/{folder}"), "--version"]
+    assert built.version in run.run(argv, env=built.environment, pass_fds=[folder]).check().stdout.decode()
+    os.close(folder)
+
+
+def test_a_damaged_one_is_refused(built: Bundle, criu_root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundles" / built.path.name
+    shutil.copytree(built.path, copy)
+    (copy / "criu").chmod(0o755)
+    with open(copy / "criu", "r+b") as stream:
+        stream.write(b"?")
+    with pytest.raises(BundleError, match="criu was changed"):
+        bundle.build(criu_root, LIBEXEC, tmp_path)
+
+
+def test_kernel_data_is_taken_by_criu_and_saves_the_probing(built: Bundle) -> None:
+    """In a mount namespace of its own, where /run has nothing but that."""
+
+    def times() -> tuple[float, float]:
+        namespaces.mount("tmpfs", Path("/run"), "tmpfs")
+        without = criu(built, "check")
+        Path(bundle.KDAT_INSIDE).write_bytes(data)
+        with_ = criu(built, "check", "-v4", "-o", "/dev/stderr")
+        assert b"Loaded kdat cache from /run/criu.kdat" in with_.check().stderr
+        return without.check().seconds, with_.seconds
+
+    data = built.kdat.read_bytes()
+    assert built.kdat.stat().st_mode & 0o777 == 0o400
+    assert kdat.found_lsm(data) == kdat.kernel_lsm()
+    without, with_ = namespaces.in_private_mounts(times)
+    assert with_ < without
+
+
+def test_nothing_of_the_host_is_left_changed(built: Bundle) -> None:
+    assert str(built.path) not in Path("/proc/mounts").read_text()
+    assert "size=4096k" not in Path("/proc/mounts").read_text()
+
+
+def test_threads_of_another_user_come_back_as_they_were(built: Bundle, application: int, tmp_path: Path) -> None:
+    before = processes.attributes([application])
+    assert len(before) == 9
+    for cycle in range(3):
+        images = tmp_path / str(cycle)
+        images.mkdir(mode=0o700)
+        criu(built, "dump", "-t", str(application), "-D", images, *OPTIONS, "dump.log").check()
+        os.waitpid(application, 0)
+        criu(built, "restore", "-d", "-D", images, *OPTIONS, "restore.log").check()
+        assert processes.attributes([application]) == before
+
+
+@pytest.mark.parametrize("way", ["preload", "configuration", "programs"])
+def test_a_hostile_container_cannot_steer_criu(built: Bundle, compiled: Path, tmp_path: Path, way: str) -> None:
+    """In a mount namespace of its own, first with a plain CRIU to show that the attack is one."""
+    trace = compiled / "trace"
+    loader = tmp_path / "ld.so"
+    loader.write_bytes((built.path / "ld.so").read_bytes().replace(b"/.criproxy/preload", b"/etc/ld.so.preload"))
+    loader.chmod(0o755)
+    plain = [loader, "--library-path", built.path, built.path / "criu", "check"]
+
+    def attack() -> tuple[bool, bool]:
+        for folder in ("/run", "/etc", "/usr/local/bin"):
+            namespaces.mount("tmpfs", Path(folder), "tmpfs")
+        if way == "preload":
+            Path("/etc/ld.so.preload").write_text(f"{compiled}/evil.so\n")
+        elif way == "configuration":
+            Path("/etc/criu").mkdir()
+            Path("/etc/criu/default.conf").write_text("no-such-option\n")
+        else:
+            for name in ("iptables", "ip6tables"):
+                program = Path("/usr/local/bin") / name
+                program.write_text(f"#!/bin/sh\n: > {trace}\n")
+                program.chmod(0o755)
+
+        def caught(completed: run.Completed) -> bool:
+            left = trace.exists()
+            trace.unlink(missing_ok=True)
+            return left or completed.returncode != 0
+
+        control = run.run(plain, env={"PATH": "/usr/local/bin:/usr/bin:/bin"}, timeout=60)
+        return caught(control), caught(criu(built, "check"))
+
+    assert namespaces.in_private_mounts(attack) == (True, False)
+
+
+def test_plugins_come_from_nowhere(built: Bundle) -> None:
+    assert list((built.path / "plugins").iterdir()) == []
+    assert built.criu_argv()[-2:] == ["--libdir", "/.criproxy/plugins"]
+
+
+def test_garbage(built: Bundle, tmp_path: Path) -> None:
+    for name in ("bundles/old", "bundles/.new-interrupted", "kdat/old"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copytree(built.path, tmp_path / "bundles" / built.path.name)
+    shutil.copytree(built.kdat.parent, tmp_path / "kdat" / built.kdat.parent.name)
+    kept = {
+        tmp_path / "bundles" / built.path.name,
+        tmp_path / "kdat" / built.kdat.parent.name / built.kdat.name,
+    }
+    removed = bundle.collect_garbage(tmp_path, kept)
+    assert {path.name for path in removed} == {"old", ".new-interrupted"}
+    assert all(path.exists() for path in kept)
+    assert not (tmp_path / "kdat/old").exists()
+
+
+def test_no_criu(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="There is no criu in"):
+        bundle.build(tmp_path, LIBEXEC, tmp_path / "state")

@@ -1,0 +1,129 @@
+"""Control groups of this machine, whichever layout it has."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from criproxy.cgroup import UNIFIED, Cgroup, restore_limits
+from lab import cgroups
+
+NAME = f"/criproxy-test-cgroup-{os.getpid()}"
+BUSY = "import sys,time\nprint(flush=True)\nwhile True:\n pass"
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """A container's cgroup within a pod's, in every tree."""
+    cgroups.create(f"{NAME}/pod/container")
+    try:
+        yield f"{NAME}/pod/container"
+    finally:
+        cgroups.remove(NAME)
+
+
+@contextlib.contextmanager
+def running(folder: str, program: str) -> Iterator[int]:
+    """A process in that cgroup that has said a word: it is past its start."""
+    with subprocess.Popen([sys.executable, "-Sc", "input()\n" + program], stdin=-1, stdout=-1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            cgroups.join(folder, process.pid)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def quota_file(group: Cgroup) -> tuple[Path, str, str]:
+    """The file of the CPU quota, what sets 5 ms per 100 ms, and how it reads without one."""
+    if "cpu" in group.folders:
+        return group.folders["cpu"] / "cpu.cfs_quota_us", "5000", "-1"
+    return group.folders[UNIFIED] / "cpu.max", "5000 100000", "max 100000"
+
+
+def test_numbers(folder: str) -> None:
+    with running(folder, "block = b'x' * (32 << 20)\nprint(flush=True)\nwhile True: pass") as pid:
+        group = Cgroup.of(pid)
+        assert group.procs() == [pid]
+        assert 32 << 20 < group.memory() < 64 << 20
+        before = group.cpu_usage()
+        time.sleep(0.3)
+        assert 0.1 < group.cpu_usage() - before < 0.6
+    assert group.procs() == []
+    assert group.cpu_usage() > before
+
+
+def test_joining(folder: str) -> None:
+    with running(folder, "print(flush=True)\ninput()") as pid:
+        group = Cgroup.of(pid)
+        with subprocess.Popen(["sleep", "60"]) as other:
+            try:
+                for descriptor in group.join_fds():
+                    os.write(descriptor, str(other.pid).encode())
+                    os.close(descriptor)
+                assert cgroups.of(other.pid) == cgroups.of(pid)
+                assert group.procs() == sorted([pid, other.pid])
+            finally:
+                other.kill()
+
+
+def test_a_lifted_quota_gives_a_whole_processor(folder: str, tmp_path: Path) -> None:
+    with running(folder, BUSY) as pid:
+        group = Cgroup.of(pid)
+        file, value, free = quota_file(group)
+        for level in (file.parent.parent / file.name, file):
+            level.write_text(value)
+        time.sleep(0.2)
+
+        before = group.cpu_usage()
+        time.sleep(0.3)
+        assert group.cpu_usage() - before < 0.08
+        with group.lifted(tmp_path / "limits.json"):
+            assert file.read_text().strip() == free
+            before = group.cpu_usage()
+            time.sleep(0.3)
+            assert group.cpu_usage() - before > 0.12
+        assert file.read_text().strip() == value
+        assert (file.parent.parent / file.name).read_text().strip() == value
+
+
+def test_limits_after_a_crash(folder: str, tmp_path: Path) -> None:
+    record = tmp_path / "limits.json"
+    with running(folder, BUSY) as pid:
+        file, value, free = quota_file(Cgroup.of(pid))
+        file.write_text(value)
+        program = f"""
+import os, pathlib
+from criproxy.cgroup import Cgroup
+with Cgroup.of({pid}).lifted(pathlib.Path({str(record)!r})):
+    os.kill(os.getpid(), 9)
+"""
+        subprocess.run([sys.executable, "-c", program], check=False)
+        assert file.read_text().strip() == free
+        restore_limits(record)
+        assert file.read_text().strip() == value
+        assert not record.exists()
+
+
+def test_reclaiming_file_pages_of_a_living_process(folder: str, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_bytes(os.urandom(1 << 20) * 64)
+    os.sync()
+    with open(blob, "rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    program = f"for i in range(2): len(open({str(blob)!r}, 'rb').read())\nprint(flush=True)\ninput()"
+    with running(folder, program) as pid:
+        group = Cgroup.of(pid)
+        assert group.memory() > 60 << 20
+        group.reclaim(keep=1 << 20)
+        assert group.memory() < 20 << 20
+        assert group.procs() == [pid]
