@@ -57,8 +57,9 @@ def set_up(level: str, stream: TextIO | None = None, environment: Mapping[str, s
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(LEVELS[level])
-    # asyncio's debug lines (one for the selector it chose) tell nobody anything about containers.
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # Their debug lines (the selector it chose, the loop it found) tell nobody anything about containers.
+    for name in ("asyncio", "grpc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _is_journal(stream: TextIO, journal_stream: str) -> bool:

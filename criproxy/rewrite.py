@@ -23,7 +23,6 @@ KDAT_PATH = "/run/criu.kdat"
 INIT_PATH = f"{BUNDLE_PATH}/init"
 # What containerd's oci.WithDefaultPathEnv sets where neither image nor pod does.
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-MPTCP_SYSCTL = "net.mptcp.enabled"
 
 
 class Unsupported(Exception):
@@ -44,24 +43,13 @@ _IMAGE_CALLS: dict[str, type[Message]] = {
 }
 
 
-def sandbox(request: bytes, *, mptcp_off: bool = False) -> bytes:
-    """RunPodSandbox of a pod that opted in: the handler `zeropod` becomes the default one.
-
-    `mptcp_off` (only where the kernel has MPTCP) turns it off in the pod's network namespace, before anything runs
-    there: CRIU can't dump the MPTCP sockets on which every Go server listens. A pod that sets it itself keeps its own.
-    """
+def sandbox(request: bytes) -> bytes:
+    """RunPodSandbox of a pod that opted in: the handler `zeropod` becomes the default one."""
     message = cri_pb2.RunPodSandboxRequest.FromString(request)
-    changed = False
-    if message.runtime_handler == HANDLER:
-        message.runtime_handler = ""
-        changed = True
-    linux = message.config.linux
-    # runc refuses sysctls of the network for a pod that uses the host's.
-    host_network = linux.security_context.namespace_options.network == cri_pb2.NODE
-    if mptcp_off and message.HasField("config") and not host_network and MPTCP_SYSCTL not in linux.sysctls:
-        linux.sysctls[MPTCP_SYSCTL] = "0"
-        changed = True
-    return message.SerializeToString() if changed else request
+    if message.runtime_handler != HANDLER:
+        return request
+    message.runtime_handler = ""
+    return message.SerializeToString()
 
 
 def image(method: str, request: bytes) -> bytes:

@@ -30,7 +30,7 @@ COMMAND = CHECKOUT / ".venv" / "bin" / "criproxy"
 # CRIU from another Debian release, which the set-up puts there where this machine's own doesn't do.
 CRIU_ROOT = BUILD / "criu"
 # Folders of the state directory in which each entry belongs to one living pod or container.
-_PER_POD = ("containers", "sandboxes", "seccomp")
+_PER_POD = ("containers", "sandboxes")
 
 
 class Daemon:
@@ -127,7 +127,9 @@ class Daemon:
     def leftovers(self) -> list[str]:
         """What is there that belongs to a pod: state files, checkpoints and pins. Empty once all pods are removed."""
         places = [self.state_dir / name for name in _PER_POD] + [self.run_dir / "bpf"]
-        return sorted(str(entry) for place in places if place.is_dir() for entry in place.iterdir())
+        entries = (entry for place in places if place.is_dir() for entry in place.iterdir())
+        # The kernel itself puts two iterators into a bpf file system (CONFIG_BPF_PRELOAD).
+        return sorted(str(entry) for entry in entries if entry.name not in ("maps.debug", "progs.debug"))
 
     def _answers(self) -> bool:
         with grpc.insecure_channel(self.endpoint) as channel:

@@ -82,21 +82,6 @@ class TestSandbox:
         data = cri.RunPodSandboxRequest(runtime_handler=handler).SerializeToString() + UNKNOWN
         assert rewrite.sandbox(data) is data
 
-    def test_mptcp_is_turned_off(self) -> None:
-        message = cri.RunPodSandboxRequest()
-        message.config.linux.sysctls["net.core.somaxconn"] = "1"
-        result = cri.RunPodSandboxRequest.FromString(rewrite.sandbox(message.SerializeToString(), mptcp_off=True))
-        assert dict(result.config.linux.sysctls) == {"net.core.somaxconn": "1", "net.mptcp.enabled": "0"}
-
-    def test_mptcp_stays_where_the_pod_says_so_or_has_no_network_of_its_own(self) -> None:
-        own = cri.RunPodSandboxRequest()
-        own.config.linux.sysctls["net.mptcp.enabled"] = "1"
-        host = cri.RunPodSandboxRequest()
-        host.config.linux.security_context.namespace_options.network = cri.NODE
-        for message in (own, host):
-            data = message.SerializeToString()
-            assert rewrite.sandbox(data, mptcp_off=True) is data
-
 
 class TestImages:
     @pytest.mark.parametrize(
