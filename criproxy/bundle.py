@@ -209,12 +209,13 @@ def _criu(root: Path) -> dict[str, _File]:
         name, arrow, where = line.strip().partition(" => ")
         if not arrow or "/" in name:  # the kernel's own (vdso), or the loader
             continue
-        path = where.rsplit(" (", 1)[0]
-        if not path.startswith("/"):
+        path = Path(where.rsplit(" (", 1)[0])
+        # The loader looks in the host's own folders as well.
+        if not path.is_absolute() or not path.is_relative_to(root):
             raise BundleError(
                 f"{binary} needs {name}, which isn't in {root}. Install what the package criu depends on."
             )
-        files[name] = _File(Path(path).read_bytes(), False)
+        files[name] = _File(_inside(root, path).read_bytes(), False)
     return files
 
 

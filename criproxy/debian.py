@@ -54,7 +54,10 @@ def download(suite: str, into: Path, *, package: str = "criu", say: Callable[[st
             for archive in packages:
                 run.run(["dpkg-deb", "-x", archive, work / "root"], timeout=_TIMEOUT).check()
         except run.CommandError as error:
-            raise DownloadError(f"{package} of Debian {suite} can't be fetched from {mirror}: {error}") from error
+            # apt's own words: the command line is nobody's business.
+            words = error.completed.stderr.decode(errors="replace").strip() if error.completed else ""
+            said = words.splitlines()[-1] if words else str(error)
+            raise DownloadError(f"{package} of Debian {suite} can't be fetched from {mirror}: {said}") from error
         if not packages:
             raise DownloadError(f"{package} of Debian {suite} wasn't fetched, although apt reported no error.")
         os.sync()
