@@ -35,6 +35,9 @@ _SNAPSHOTS: Final = "/containerd.services.snapshots.v1.Snapshots/"
 # Where containerd's CRI plugin keeps what it creates.
 _NAMESPACE: Final = (("containerd-namespace", "k8s.io"),)
 
+# What containerd 1.x says, as UNKNOWN, between opening its socket and having recovered its pods.
+_NOT_YET: Final = "server is not initialized yet"
+
 _Response = TypeVar("_Response", bound=Message)
 # In the place of a (de)serialiser: the stubs don't know that it may be None.
 _RAW: Final[Any] = None
@@ -275,7 +278,7 @@ class Runtime:
         code, details = error.code(), error.details()
         if code is grpc.StatusCode.NOT_FOUND:
             return NotFound(f"containerd has no {what}", code)
-        if code is grpc.StatusCode.UNAVAILABLE:
+        if code is grpc.StatusCode.UNAVAILABLE or (code is grpc.StatusCode.UNKNOWN and details == _NOT_YET):
             return Unreachable(f"containerd doesn't answer at {self._channel.path}: {details}", code)
         name = method.rpartition("/")[2] + (f" for {what}" if what else "")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -291,10 +294,11 @@ def _log_retry(state: RetryCallState) -> None:
 
 def _info(info: Mapping[str, str], what: str) -> Mapping[str, Any]:
     """The JSON object that containerd adds to a verbose answer."""
+    text = info.get("info")  # a map of protobuf answers info["info"] with "" when it isn't there
+    if text is None:
+        raise Incomplete(f"containerd's answer about {what} has no verbose information")
     try:
-        parsed = json.loads(info["info"])
-    except KeyError:
-        raise Incomplete(f"containerd's answer about {what} has no verbose information") from None
+        parsed = json.loads(text)
     except ValueError as error:
         raise Incomplete(f"containerd's verbose information about {what} isn't JSON: {error}") from None
     if not isinstance(parsed, dict):
