@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from criproxy.calls import UNARY, Abort, Answer, Call, CallError, Interceptor, Metadata, UpstreamError
@@ -204,7 +205,15 @@ class Proxy:
                 response = passed.response
             else:
                 call = Call(method, request, send, metadata, context.time_remaining)
-                response = await interceptor(call)
+                try:
+                    response = await interceptor(call)
+                except DecodeError:
+                    if call.answer is not None:
+                        raise
+                    # Not protobuf, or not what protobuf takes in Python (Go lets strings pass that aren't UTF-8):
+                    # what it is worth is containerd's to say.
+                    log.warning("%s: the request can't be read here and goes on untouched", method)
+                    response = await call.forward()
                 answer = call.answer
         except UpstreamError as error:
             if error.initial_metadata:

@@ -15,6 +15,7 @@ import grpc
 import pytest
 from grpc import aio
 
+from criproxy.api.cri_pb2 import VersionRequest
 from criproxy.calls import UNARY, Call, Interceptor, UpstreamError, methods
 from criproxy.channel import UNLIMITED, EndpointError, socket_path
 from criproxy.proxy import ListenError, Proxy
@@ -626,6 +627,16 @@ async def test_an_interceptors_own_failure_is_an_internal_error_with_its_name(se
     assert result["code"] is grpc.StatusCode.INTERNAL
     assert result["details"] == "criproxy: ZeroDivisionError: oh"
     assert f"{VERSION} failed inside criproxy" in caplog.text
+
+
+async def test_a_request_that_an_interceptor_cannot_read_goes_on_untouched(containerd, serve):
+    async def read(call: Call) -> bytes:
+        VersionRequest.FromString(call.request)
+        raise AssertionError
+
+    not_utf8 = b"\x0a\x01\xff"
+    assert (await outcome(await serve(read), VERSION, not_utf8))["messages"] == [b"echo " + not_utf8]
+    assert containerd.requests == [(VERSION, not_utf8)]
 
 
 async def test_a_client_that_cancels_cancels_the_interceptor_and_containerd(containerd, serve):
