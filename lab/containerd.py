@@ -195,6 +195,12 @@ class Containerd:
         )
         (self.state / "cni" / "10-lab.conflist").write_text(json.dumps(self._network(), indent=1))
         cgroups.create(f"{self.cgroup}/containerd")
+        # CNI would make it with the first pod. Before that, servers of this host can already be bound to its addresses.
+        run(["ip", "link", "add", self.bridge, "type", "bridge"])
+        run(["ip", "address", "add", f"{self.gateway}/24", "dev", self.bridge])
+        run(["ip", "address", "add", f"{self.gateway6}/64", "dev", self.bridge, "nodad"])
+        run(["ip", "link", "set", self.bridge, "up"])
+        (self.state / "cni-addresses" / self.bridge).mkdir(parents=True)
 
     def _network(self) -> dict[str, object]:
         """The CNI configuration: a bridge of the lab's own, this host as the gateway, both families of addresses."""

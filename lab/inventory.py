@@ -113,10 +113,12 @@ def _below(directory: Path) -> list[str]:
 def _files(lab: Containerd) -> list[str]:
     """criproxy's state without what is kept for the next container, CNI's addresses, and shims' sockets."""
     state = lab.root / "criproxy"
-    kept = [path for path in _below(state) if not Path(path).is_relative_to(state / "bundles")]
+    # Named by their content, and used by one container after another.
+    shared = [state / name for name in ("bundles", "kdat", "seccomp")]
+    owned = [path for path in _below(state) if not any(Path(path).is_relative_to(place) for place in shared)]
     addresses = [path for path in _below(lab.state / "cni-addresses") if "/last_" not in path and "/lock" not in path]
     bundles = [str(path) for path in lab.state.glob("containerd/io.containerd.runtime.v2.task/*/*")]
-    return [path for path in kept if "kdat" not in path] + addresses + bundles
+    return owned + addresses + bundles
 
 
 def loadable_programs() -> bool:
