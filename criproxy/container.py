@@ -76,6 +76,8 @@ class Record:
     """Of the container's init, on the host."""
     start_time: int = 0
     """Of that process (/proc/PID/stat, field 22), so that a recycled pid isn't taken for it."""
+    bundle: str = ""
+    """The bundle's folder that is mounted into it; empty if it runs untouched."""
     slot: int | None = None
     """Which slot of its pod's network hook is this container's."""
     stop_signal: str = "SIGTERM"

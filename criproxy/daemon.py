@@ -44,14 +44,17 @@ async def serve(config: Config) -> None:
     )
     log.info("CRIU %s in %s", prepared.version, prepared.path)
 
-    node = Node(config, Criu(prepared), pins)
     async with contextlib.AsyncExitStack() as stack:
         runtime = await stack.enter_async_context(Runtime(str(config.runtime_endpoint)))
+        node = Node(config, runtime, Criu(prepared), pins)
         profiles = Profiles(config.state_dir / "seccomp")
         interceptors = Interceptors(config, node, runtime, prepared, profiles)
         stack.push_async_callback(node.close)
         stack.push_async_callback(interceptors.close)
         await node.adopt()
+        in_use = {prepared.path, *(Path(m.record.bundle) for m in node.members() if m.record.bundle)}
+        for folder in bundle.collect_garbage(config.state_dir, in_use):
+            log.info("removed %s, which no container uses any more", folder)
         await stack.enter_async_context(control.serve(config.control, node))
         await stack.enter_async_context(
             Proxy(str(config.listen), str(config.runtime_endpoint), interceptors.by_method())

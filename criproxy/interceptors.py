@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from criproxy import executable, policy, processes, rewrite
+from criproxy import executable, policy, rewrite
 from criproxy.api import cri_pb2 as cri
 from criproxy.bundle import Bundle
 from criproxy.calls import Call, Interceptor, methods
@@ -46,7 +46,6 @@ class Interceptors:
         self._runtime = runtime
         self._bundle = bundle
         self._profiles = profiles
-        self._configuration: Configuration | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def by_method(self) -> Mapping[str, Interceptor]:
@@ -108,15 +107,6 @@ class Interceptors:
             annotations={k: v for k, v in request.config.annotations.items() if k.startswith(policy.PREFIXES)},
             runtime_handler=request.runtime_handler,
         )
-        try:
-            netns = (await self._runtime.sandbox_status(sandbox_id)).netns
-        except CriError as error:
-            record.problem = f"the pod's network namespace is not known: {error}"
-        else:
-            if netns is None:
-                record.problem = "the pod uses the host's network (hostNetwork)"
-            else:
-                record.netns = str(netns)
         await self._node.add_sandbox(record)
 
     async def stop_pod_sandbox(self, call: Call) -> bytes:
@@ -150,7 +140,7 @@ class Interceptors:
             response = await self._create_with_init(call, request, sandbox, record)
         except rewrite.Unsupported as error:
             log.info("%s/%s/%s: runs untouched: %s", record.namespace, record.pod, record.name, error.reason)
-            record.state, record.reason = State.DISABLED, error.reason
+            record.state, record.reason, record.bundle = State.DISABLED, error.reason, ""
             response = await call.forward(untouched)
         record.id = cri.CreateContainerResponse.FromString(response).container_id
         self._node.add_container(sandbox, record)
@@ -161,10 +151,10 @@ class Interceptors:
     ) -> bytes:
         if sandbox.record.problem:
             raise rewrite.Unsupported(sandbox.record.problem)
-        if self._configuration is None:
-            self._configuration = Configuration.from_info(await self._runtime.info())
         handler = sandbox.record.runtime_handler
         try:
+            # Each time: containerd may have been restarted with another configuration, and this costs a millisecond.
+            configuration = Configuration.from_info(await self._runtime.info())
             image = await self._runtime.image_status(request.config.image.image)
         except CriError as error:
             raise rewrite.Unsupported(f"its image's entrypoint is not known: {error}") from None
@@ -176,10 +166,11 @@ class Interceptors:
             bundle=self._bundle.path,
             kdat=self._bundle.kdat,
             profiles=self._profiles,
-            runtime=self._configuration,
+            runtime=configuration,
             handler="" if handler == policy.HANDLER else handler,
         )
         record.stop_signal = image.stop_signal or "SIGTERM"
+        record.bundle = str(self._bundle.path)
         response = await call.forward(rewritten)
         container_id = cri.CreateContainerResponse.FromString(response).container_id
         command = rewrite.argv(request.config, image.entrypoint, image.cmd)[0]
@@ -193,24 +184,9 @@ class Interceptors:
         request = cri.StartContainerRequest.FromString(call.request)
         response = await call.forward()
         member = self._node.member(request.container_id)
-        if member is not None and member.record.state is State.STARTING:
-            await self._shielded(self._started(member))
+        if member is not None:
+            await self._shielded(self._node.started_container(member))
         return response
-
-    async def _started(self, member: Member) -> None:
-        record = member.record
-        try:
-            status = await self._runtime.container_status(record.id)
-        except CriError as error:
-            member.disable(f"its process is not known: {error}")
-            return
-        if not status.pid:
-            # It has ended already.
-            record.state = State.EXITED
-            member.save()
-            return
-        record.pid, record.start_time = status.pid, processes.start_time(status.pid)
-        self._node.sandboxes[record.sandbox_id].start(member)
 
     async def stop_container(self, call: Call) -> bytes:
         request = cri.StopContainerRequest.FromString(call.request)

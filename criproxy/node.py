@@ -8,19 +8,23 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from criproxy import checkpoint, policy, processes
+from criproxy import cgroup, checkpoint, policy, processes
+from criproxy.bpf import BpfError
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Record, State
+from criproxy.network import NetworkError, PodNetwork
+from criproxy.runtime import CriError, Runtime
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 log = logging.getLogger(__name__)
 
 
 class Node:
-    def __init__(self, config: Config, criu: Criu, pins: Path) -> None:
+    def __init__(self, config: Config, runtime: Runtime, criu: Criu, pins: Path) -> None:
         """`pins`: folder on the daemon's bpf file system; each sandbox gets one below it."""
         self._config = config
+        self._runtime = runtime
         self._criu = criu
         self._pins = pins
         self._sandbox_folder = config.state_dir / "sandboxes"
@@ -43,13 +47,22 @@ class Node:
         """A pod that opted in has its sandbox. What fails here disables its scale-down, never the pod."""
         sandbox = self._sandbox(record)
         self.sandboxes[record.id] = sandbox
-        try:
-            await sandbox.attach()
-        except Exception as error:
-            log.exception("%s/%s: no hook in the pod's network", record.namespace, record.name)
-            record.problem = f"the hook in the pod's network failed: {error}"
+        if not record.problem:
+            try:
+                record.netns = await self._netns(record.id)
+                await sandbox.attach()
+            except Exception as error:
+                expected = isinstance(error, (NetworkError, BpfError, CriError, OSError))
+                record.problem = f"there is no hook in the pod's network: {error}"
+                log.warning("%s/%s: %s", record.namespace, record.name, record.problem, exc_info=not expected)
         self._save(record)
         return sandbox
+
+    async def _netns(self, sandbox_id: str) -> str:
+        netns = (await self._runtime.sandbox_status(sandbox_id)).netns
+        if netns is None:
+            raise NetworkError("it uses the host's (hostNetwork)")
+        return str(netns)
 
     async def stopped_sandbox(self, sandbox_id: str) -> None:
         """The runtime has stopped the sandbox: its containers are dead, its network namespace is gone."""
@@ -70,6 +83,21 @@ class Node:
     def add_container(self, sandbox: Sandbox, record: Record) -> Member:
         return sandbox.add(record, self._container_folder / record.id)
 
+    async def started_container(self, member: Member) -> None:
+        """The runtime has started a container that is ours to scale down."""
+        record = member.record
+        if record.state is not State.STARTING or record.pid:
+            return
+        try:
+            record.pid = (await self._runtime.container_status(record.id)).pid
+            record.start_time = processes.start_time(record.pid)
+            self.sandboxes[record.sandbox_id].start(member)
+        except ProcessLookupError:
+            record.state = State.EXITED
+            member.save()
+        except CriError as error:
+            member.disable(f"its process is not known: {error}")
+
     async def removed_container(self, container_id: str) -> None:
         for sandbox in self.sandboxes.values():
             if member := sandbox.containers.get(container_id):
@@ -84,37 +112,53 @@ class Node:
 
     async def adopt(self) -> None:
         """Carries on from what an earlier daemon left on disk, in pins and in the kernel."""
-        for path in sorted(self._sandbox_folder.glob("*.json")):
-            record = SandboxRecord(**json.loads(path.read_text()))
-            if not record.problem and not Path(record.netns).exists():
-                record.problem = "its network namespace is gone"
-            sandbox = await self.add_sandbox(record)
-            for folder in self._container_folder.iterdir():
-                state = folder / "state.json"
-                if state.exists():
-                    container = Record.from_json(json.loads(state.read_text()))
-                    if container.sandbox_id == record.id:
-                        self._adopt_container(sandbox, container, folder)
+        records = [
+            SandboxRecord(**json.loads(path.read_text())) for path in sorted(self._sandbox_folder.glob("*.json"))
+        ]
+        try:
+            there = {sandbox.id for sandbox in await self._runtime.list_pod_sandboxes()}
+        except CriError as error:
+            log.warning("which pods are still there is not known, all are taken over: %s", error)
+            there = {record.id for record in records}
+        for record in records:
+            if record.id in there:
+                await self._adopt_sandbox(record)
+            else:
+                self._path(record.id).unlink()
+                PodNetwork.discard(self._pins / record.id)
         known = {m.record.id for m in self.members()}
         for folder in self._container_folder.iterdir():
             if folder.name not in known:
                 shutil.rmtree(folder)
 
-    def _adopt_container(self, sandbox: Sandbox, record: Record, folder: Path) -> None:
+    async def _adopt_sandbox(self, record: SandboxRecord) -> None:
+        sandbox = await self.add_sandbox(record)
+        for state in self._container_folder.glob("*/state.json"):
+            container = Record.from_json(json.loads(state.read_text()))
+            if container.sandbox_id == record.id:
+                try:
+                    await self._adopt_container(sandbox, container, state.parent)
+                except CriError as error:
+                    sandbox.containers[container.id].disable(f"it could not be taken over: {error}")
+
+    async def _adopt_container(self, sandbox: Sandbox, record: Record, folder: Path) -> None:
         member = sandbox.add(record, folder)
-        if not record.pid or record.state in (State.DISABLED, State.EXITED):
-            return
-        if not processes.alive(record.pid, record.start_time):
-            record.state = State.EXITED
-            member.save()
-            return
-        # What the record says was about to happen may or may not have happened: the processes tell.
-        tree = checkpoint.guard_pid(record.pid) is not None
-        if record.state is State.CHECKPOINTING and tree:
-            checkpoint.release(record.pid)
-        record.state = State.RUNNING if tree else State.SCALED_DOWN
-        sandbox.start(member)
-        log.info("%s/%s/%s: adopted, %s", record.namespace, record.pod, record.name, record.state)
+        if record.state is State.STARTING and not record.pid:
+            if (await self._runtime.container_status(record.id)).running:
+                await self.started_container(member)
+        elif record.state not in (State.DISABLED, State.EXITED):
+            if not processes.alive(record.pid, record.start_time):
+                record.state = State.EXITED
+                member.save()
+                return
+            cgroup.restore_limits(folder / "limits.json")
+            # What the record says was about to happen may or may not have happened: the processes tell.
+            tree = checkpoint.guard_pid(record.pid) is not None
+            if record.state is State.CHECKPOINTING and tree:
+                checkpoint.release(record.pid)
+            record.state = State.RUNNING if tree else State.SCALED_DOWN
+            sandbox.start(member)
+            log.info("%s/%s/%s: adopted, %s", record.namespace, record.pod, record.name, record.state)
 
     async def close(self) -> None:
         for sandbox in self.sandboxes.values():
