@@ -3,6 +3,7 @@ unified tree beside those on hybrid machines."""
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -23,14 +24,22 @@ def is_v2(root: Path) -> bool:
     return (root / "cgroup.controllers").exists()
 
 
+def _checked(name: str) -> str:
+    """Everything here is for the labs' own cgroups: an empty name would be the whole machine, and remove() kills."""
+    if not re.fullmatch(r"/criproxy-lab-[0-9]+(/[^/.][^/]*)*", name):
+        raise ValueError(f"{name!r} is no cgroup of a lab")
+    return name
+
+
 def directories(name: str) -> list[Path]:
     """Where the cgroup `name` ("/a/b") exists."""
+    name = _checked(name)
     return [d for d in (root / name.lstrip("/") for root in hierarchies()) if d.is_dir()]
 
 
 def create(name: str) -> None:
     """Make the cgroup in every hierarchy, usable for processes and, on v2, with the root's controllers passed on."""
-    parts = Path(name.lstrip("/")).parts
+    parts = Path(_checked(name).lstrip("/")).parts
     for root in hierarchies():
         directory = root
         for part in parts:

@@ -68,6 +68,13 @@ class Containerd:
         self._stack = contextlib.ExitStack()
         self._service: Service | None = None
 
+    @classmethod
+    def running(cls, number: int) -> "Containerd":
+        """The lab of that number which another process runs: for its names and paths, not to be entered."""
+        lab = cls()
+        lab.number = number
+        return lab
+
     # --- What a user of it asks for --------------------------------------------------------------------------
 
     @property

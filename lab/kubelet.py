@@ -174,6 +174,22 @@ class Kubelet:
             raise
         return pod
 
+    def adopt(self, sandbox: cri.PodSandbox) -> "Pod":
+        """A pod that another client of this lab has run, to be looked at and removed."""
+        config = cri.PodSandboxConfig(
+            metadata=sandbox.metadata,
+            labels=sandbox.labels,
+            annotations=sandbox.annotations,
+            linux=cri.LinuxPodSandboxConfig(cgroup_parent=f"{self.lab.cgroup}/pod{sandbox.metadata.uid}"),
+        )
+        pod = Pod(self, config, sandbox.runtime_handler, sandbox.id)
+        request = cri.ListContainersRequest(filter=cri.ContainerFilter(pod_sandbox_id=sandbox.id))
+        for item in self.call("ListContainers", request, cri.ListContainersResponse).containers:
+            config_of_it = cri.ContainerConfig(metadata=item.metadata, labels=item.labels)
+            pod.containers.append(Container(pod, config_of_it, item.id))
+        self.pods.append(pod)
+        return pod
+
 
 @dataclass
 class Pod:
@@ -340,7 +356,9 @@ class Pod:
             request = cri.RemovePodSandboxRequest(pod_sandbox_id=self.id)
             self.kubelet.call("RemovePodSandbox", request, cri.RemovePodSandboxResponse)
             self.id = ""
-        cgroups.remove(self.cgroup)
+        # Empty if the configuration was changed to name none; then containerd chose one.
+        if self.cgroup:
+            cgroups.remove(self.cgroup)
         if self in self.kubelet.pods:
             self.kubelet.pods.remove(self)
 

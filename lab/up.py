@@ -19,7 +19,7 @@ from lab import BUILD, CHECKOUT, LabError, image_name, images, requirements
 from lab.containerd import Containerd
 from lab.daemon import COMMAND, Daemon
 
-# "PID STARTTIME" while one is up: a number alone may be somebody else's by now.
+# "PID STARTTIME LAB" while one is up: a pid alone may be somebody else's by now.
 _RECORD = BUILD / "up"
 _REPORT = BUILD / "up.txt"
 
@@ -44,7 +44,7 @@ def main() -> int:
 
 def _stay() -> None:
     with Containerd(usual=tuple(images.RECIPES)) as containerd, Daemon(containerd) as daemon:
-        _RECORD.write_text(f"{os.getpid()} {_start_time(os.getpid())}")
+        _RECORD.write_text(f"{os.getpid()} {_start_time(os.getpid())} {containerd.number}")
         unfinished = _REPORT.with_suffix(".unfinished")
         unfinished.write_text(_report(containerd, daemon))
         unfinished.rename(_REPORT)
@@ -60,8 +60,10 @@ def _report(containerd: Containerd, daemon: Daemon) -> str:
         f"containerd's own        {containerd.endpoint}\n"
         f"images                  {names}\n"
         f"logs                    {containerd.logs}\n\n"
-        f"  {COMMAND} status --control {daemon.control}\n"
-        f"  crictl --runtime-endpoint {daemon.endpoint} runp POD.json\n"
+        f"  .venv/bin/python -m lab.pod run redis criproxy.io/scaledown-duration=10s\n"
+        f"  {COMMAND.relative_to(CHECKOUT)} status --control {daemon.control}\n"
+        f"  .venv/bin/python -m lab.pod remove redis\n"
+        f"or with any CRI client, such as crictl --runtime-endpoint {daemon.endpoint}\n"
     )
 
 
@@ -107,10 +109,17 @@ def _down() -> None:
 def _running() -> int | None:
     """The pid of the lab that is up in this checkout."""
     with contextlib.suppress(OSError, ValueError):
-        pid, start_time = _RECORD.read_text().split()
+        pid, start_time, _ = _RECORD.read_text().split()
         if _start_time(int(pid)) == start_time:
             return int(pid)
     return None
+
+
+def lab() -> Containerd:
+    """The lab that is up in this checkout. Raises LabError if there is none."""
+    if _running() is None:
+        raise LabError("No lab is up", "`make up` starts one")
+    return Containerd.running(int(_RECORD.read_text().split()[2]))
 
 
 def _start_time(pid: int) -> str:
