@@ -304,7 +304,7 @@ def _strays(cgroup: str) -> dict[int, set[str]]:
 
 
 def _end_strays(strays: dict[int, set[str]]) -> None:
-    for pid in strays:
+    for pid in strays.keys() - {1, os.getpid(), os.getppid()}:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     emptied = set().union(*strays.values())

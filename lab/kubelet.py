@@ -219,8 +219,8 @@ class Pod:
 
     @property
     def cgroup(self) -> str:
-        """The pod's cgroup, the same path in every hierarchy."""
-        return self.config.linux.cgroup_parent
+        """The cgroup that kubelet made for the pod, the same path in every hierarchy."""
+        return f"{self.kubelet.lab.cgroup}/pod{self.uid}"
 
     def status(self, *, verbose: bool = False) -> cri.PodSandboxStatusResponse:
         request = cri.PodSandboxStatusRequest(pod_sandbox_id=self.id, verbose=verbose)
@@ -356,9 +356,7 @@ class Pod:
             request = cri.RemovePodSandboxRequest(pod_sandbox_id=self.id)
             self.kubelet.call("RemovePodSandbox", request, cri.RemovePodSandboxResponse)
             self.id = ""
-        # Empty if the configuration was changed to name none; then containerd chose one.
-        if self.cgroup:
-            cgroups.remove(self.cgroup)
+        cgroups.remove(self.cgroup)
         if self in self.kubelet.pods:
             self.kubelet.pods.remove(self)
 
