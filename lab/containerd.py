@@ -181,8 +181,8 @@ class Containerd:
         # Also when nobody reads stderr any more.
         with self._stack:
             if isinstance(error, Exception) and self._service:
-                complaints = self._service.tail("level=(warning|error|fatal)")
-                print(f"containerd complained:\n{complaints}", file=sys.stderr, flush=True)
+                complaints = self._service.tail("level=(error|fatal)")
+                print(f"containerd's errors:\n{complaints}", file=sys.stderr, flush=True)
 
     def _prepare(self) -> None:
         shutil.rmtree(self.logs, ignore_errors=True)
