@@ -116,9 +116,10 @@ def checksum(data: bytes) -> int:
 
 
 def segment(source: tuple[str, int], target: tuple[str, int], seq: int, ack: int, flags: int, data: bytes) -> bytes:
-    """An IPv4 packet with a TCP segment, its checksum right."""
+    """An IPv4 packet with a TCP segment, its checksums right."""
     addresses = socket.inet_aton(source[0]) + socket.inet_aton(target[0])
     head = struct.pack("!HHIIBBHHH", source[1], target[1], seq, ack, 5 << 4, flags, 64000, 0, 0)
     pseudo = addresses + struct.pack("!BBH", 0, 6, len(head) + len(data))
     head = head[:16] + struct.pack("!H", checksum(pseudo + head + data)) + head[18:]
-    return struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(head) + len(data), 1, 0, 64, 6, 0) + addresses + head + data
+    ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(head) + len(data), 1, 0, 64, 6, 0) + addresses
+    return ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:] + head + data
