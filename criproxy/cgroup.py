@@ -97,7 +97,10 @@ class Cgroup:
         return max(0, used - free)
 
     def join_fds(self) -> list[int]:
-        """Descriptors, one for each tree: who writes `0` to all is in the container's groups. The caller closes them.
+        """Descriptors for `enter --cgroup-fd`, one a tree: v2's folder, v1's file `tasks`. The caller closes them.
+
+        clone3(CLONE_INTO_CGROUP) starts a process in the folder, and a thread that writes `0` to `tasks` goes there.
+        Both take microseconds, where a write to `cgroup.procs` waits for an RCU grace period of 10 to 20 ms.
 
         Raises OSError if the cgroup is gone.
         """
@@ -105,8 +108,11 @@ class Cgroup:
         try:
             # Controllers that are mounted together (cpu,cpuacct) share a folder. A root folder counts too: the writer
             # may be elsewhere in that tree, the container's processes aren't.
-            for folder in dict.fromkeys(self.folders.values()):
-                descriptors.append(os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
+            for folder, controller in {folder: controller for controller, folder in self.folders.items()}.items():
+                if controller == UNIFIED:
+                    descriptors.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+                else:
+                    descriptors.append(os.open(folder / "tasks", os.O_WRONLY | os.O_CLOEXEC))
         except OSError:
             for descriptor in descriptors:
                 os.close(descriptor)

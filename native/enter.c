@@ -6,9 +6,10 @@
  * that the pidfd stands for. It is on the way of every wake, and what it starts (CRIU) starts the container's processes,
  * which inherit from it. It guarantees:
  *
- * - FILE starts in the cgroups whose cgroup.procs files are open as the --cgroup-fd descriptors; this process itself stays
- *   where it is, in the host's cgroups and namespaces (but that its children are in the PID namespace), out of the
- *   container's sight.
+ * - FILE starts in the cgroups that are open as the --cgroup-fd descriptors (v2: the folder; v1: the file `tasks`); this
+ *   process itself stays where it is, in the host's cgroups and namespaces (but that its children are in the PID
+ *   namespace), out of the container's sight. Neither way takes the kernel's lock over all processes, which a write to
+ *   cgroup.procs waits 10 to 20 ms for (an RCU grace period).
  * - FILE runs in a session of its own (no Ctrl-C of a terminal reaches it), and with a session keyring of its own: the keys
  *   that this process possesses would otherwise become those of the container's processes.
  * - FILE has the processors (0-2,5) and the oom_score_adj that are given, as far as the kernel lets it.
@@ -23,6 +24,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/keyctl.h>
+#include <linux/sched.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -30,6 +32,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -103,6 +106,35 @@ static void set_oom_score_adj(const char *value)
 	close(fd);
 }
 
+static int is_folder(int fd)
+{
+	struct stat seen;
+
+	if (fstat(fd, &seen) < 0)
+		fail("a cgroup's descriptor");
+	return S_ISDIR(seen.st_mode);
+}
+
+/* For the calling process, which has one thread: of v1's files only `tasks` may be written without the lock. */
+static void join_cgroup(int fd)
+{
+	int file = is_folder(fd) ? openat(fd, "cgroup.procs", O_WRONLY | O_CLOEXEC) : fd;
+
+	if (file < 0 || write(file, "0", 1) < 0)
+		fail("join a cgroup");
+	if (file != fd)
+		close(file);
+}
+
+/* fork() into the v2 cgroup whose folder is open as `fd`, or -1 with an error if that isn't possible (before Linux 5.7; the
+ * cgroup is full, which a process that joins it may ignore). */
+static pid_t fork_into(int fd)
+{
+	struct clone_args how = { .flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = fd };
+
+	return syscall(SYS_clone3, &how, sizeof how);
+}
+
 static void die_with(int parent_pidfd)
 {
 	struct pollfd parent = { .fd = parent_pidfd, .events = POLLIN };
@@ -117,7 +149,7 @@ static void die_with(int parent_pidfd)
 
 int main(int argc, char **argv)
 {
-	int pidfd = -1, cgroups[MAX_CGROUPS], cgroup_count = 0, flags = 0, affinity = 0, self, how;
+	int pidfd = -1, cgroups[MAX_CGROUPS], cgroup_count = 0, unified = -1, flags = 0, affinity = 0, self, how;
 	const char *oom_score_adj = NULL;
 	cpu_set_t cpus;
 	pid_t child;
@@ -161,15 +193,22 @@ int main(int argc, char **argv)
 	/* For the children; this process stays in its PID namespace. */
 	if (setns(pidfd, CLONE_NEWPID) < 0)
 		fail("setns (PID namespace)");
-	child = fork();
+	for (int i = 0; i < cgroup_count; i++)
+		if (is_folder(cgroups[i]))
+			unified = cgroups[i];
+	child = unified < 0 ? -1 : fork_into(unified);
+	if (child < 0) {
+		unified = -1;
+		child = fork();
+	}
 	if (child < 0)
 		fail("fork");
 	if (child == 0) {
 		die_with(self);
 		setsid();
 		for (int i = 0; i < cgroup_count; i++) {
-			if (write(cgroups[i], "0", 1) < 0)
-				fail("join a cgroup");
+			if (cgroups[i] != unified)
+				join_cgroup(cgroups[i]);
 			close(cgroups[i]);
 		}
 		/* Without a container's cgroup the host's processors would be wrong, so after it; EINVAL: none of them is left. */

@@ -1,6 +1,7 @@
 """The three layouts of control groups, on trees of plain files."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ class Machine:
         folder = mountpoint / below.lstrip("/")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cgroup.procs").write_text(f"{PID}\n")
+        if kind == "cgroup":
+            (folder / "tasks").write_text(f"{PID}\n")
         return folder
 
     def cgroup(self) -> Cgroup:
@@ -134,7 +137,7 @@ def test_groups_below_belong_to_the_container(machine: Machine, unified: Path) -
 
 def test_a_container_that_is_gone_has_no_processes(machine: Machine, unified: Path) -> None:
     group = machine.cgroup()
-    (unified / "cgroup.procs").unlink()
+    shutil.rmtree(unified)
     assert group.procs() == []
     with pytest.raises(FileNotFoundError):
         group.join_fds()
@@ -156,13 +159,13 @@ def test_a_process_that_is_gone(machine: Machine, unified: Path) -> None:
 def test_joining_is_joining_every_tree(machine: Machine, legacy: dict[str, Path]) -> None:
     root = machine.tree("cgroup2", "rw", "unified", "/")
     descriptors = machine.cgroup().join_fds()
-    for descriptor in descriptors:
-        os.write(descriptor, b"0")
-        os.close(descriptor)
+    try:
+        opened = {os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in descriptors}
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
     assert len(descriptors) == 6
-    assert {
-        folder / "cgroup.procs": (folder / "cgroup.procs").read_text()[0] for folder in [*legacy.values(), root]
-    } == {folder / "cgroup.procs": "0" for folder in [*legacy.values(), root]}
+    assert opened == {str(root), *(str(folder / "tasks") for folder in legacy.values())}
 
 
 def test_limits_of_the_container_and_its_pod_are_lifted_and_put_back(machine: Machine, unified: Path) -> None:
