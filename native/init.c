@@ -282,11 +282,12 @@ static void obey(int order)
 	case START:
 		if (!held)
 			break;
-		/* What a failed restore may have left; the rest of the tree is criproxy's business. */
+		/* What may be left of the old ones, the guard last: while it lives, its child's number is nobody else's. The
+		 * rest of the tree is criproxy's business. */
+		if (alive(guard) || alive(application))
+			kill(application, SIGKILL);
 		if (alive(guard))
 			kill(guard, SIGKILL);
-		if (alive(application))
-			kill(application, SIGKILL);
 		start();
 		held = 0;
 		if (!guard)

@@ -1,22 +1,33 @@
 /* Build: gcc -shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -o prlimit.so prlimit.c   (setup.py does it)
  *
- * Preloaded into CRIU where root lacks CAP_SYS_RESOURCE (containers as machines: LXC, nested sandboxes), and only there.
- * CRIU dumps a process's resource limits by prlimit64(2), for which the kernel wants that capability when the process has
- * another uid ("Can't get rlimit 0"): then nothing that drops privileges could be dumped. /proc/PID/limits has the same
- * numbers for whoever may read the process. It guarantees:
+ * Preloaded into CRIU. Three of its calls to libc don't have the outcome that it needs:
  *
- * - A call that only reads another process's limit and fails with EPERM is answered from /proc/PID/limits. Every other call
- *   and every other error passes unchanged; setting limits is never imitated.
- * - PID means what it means to CRIU, which sees the container's PID namespace and its /proc.
+ * - prlimit64() of a process with another uid, where root lacks CAP_SYS_RESOURCE (containers as machines: LXC, nested
+ *   sandboxes): "Can't get rlimit 0", and nothing that drops privileges can be dumped. /proc/PID/limits has the same numbers
+ *   for whoever may read the process.
+ * - getsockopt() of SO_PASSCRED and SO_PASSSEC on a socket that isn't a unix one. From Linux 6.16 on the kernel refuses that
+ *   (EOPNOTSUPP) instead of saying 0; CRIU before 4.2 takes it for an error ("Can't get 1:16 opt"), and nothing with a TCP
+ *   socket can be dumped.
+ * - setsid() in the restored tree's root, which is our guard, a subreaper. A daemon whose session's leader is dead is
+ *   restored as the child of a helper, which then ends so that the daemon becomes the root's. But CRIU makes the root a
+ *   subreaper only after that: the daemon would become the container's init's, outside of the tree, and the next dump
+ *   wouldn't have it. It has its session before it has children; so it becomes a subreaper then.
  *
- * CRIU makes the call through libc's syscall(); libc's own prlimit() and prlimit64() are covered in case it changes.
+ * It guarantees: a call that only reads, and fails in exactly this way, gets the answer that it would get elsewhere. Every
+ * other call and every other error passes unchanged; nothing that sets something is imitated. Only a child of CRIU's first
+ * process becomes a subreaper: the root, and CRIU's own helpers, which don't live on. PID means what it means to CRIU, which
+ * sees the container's PID namespace and its /proc.
+ *
+ * CRIU reads limits through libc's syscall(); libc's own prlimit() and prlimit64() are covered in case it changes.
  */
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -162,4 +173,37 @@ int prlimit(pid_t pid, __rlimit_resource_t resource, const struct rlimit *new, s
 int prlimit64(pid_t pid, __rlimit_resource_t resource, const struct rlimit64 *new, struct rlimit64 *old)
 {
 	return limits(pid, resource, (long)new, (long)old);
+}
+
+int getsockopt(int socket, int level, int option, void *restrict value, socklen_t *restrict length)
+{
+	long result = call(SYS_getsockopt, socket, level, option, (long)value, (long)length, 0);
+
+	if (result < 0 && errno == EOPNOTSUPP && level == SOL_SOCKET && (option == SO_PASSCRED || option == SO_PASSSEC) &&
+	    *length >= sizeof(int)) {
+		memset(value, 0, sizeof(int));
+		*length = sizeof(int);
+		return 0;
+	}
+	return result;
+}
+
+static pid_t first;
+
+static __attribute__((constructor)) void begin(void)
+{
+	first = getpid();
+}
+
+pid_t setsid(void)
+{
+	long result = call(SYS_setsid, 0, 0, 0, 0, 0, 0);
+
+	if (result >= 0 && getppid() == first) {
+		int before = errno;
+
+		prctl(PR_SET_CHILD_SUBREAPER, 1);
+		errno = before;
+	}
+	return result;
 }

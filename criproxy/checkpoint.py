@@ -1,0 +1,652 @@
+"""Dumps a container's processes and restores them in place, with CRIU inside the container's own namespaces.
+
+In the container, PID 1 is `native/init.c`. Below it stands the guard, below that the application. CRIU dumps and
+restores the guard's tree; init, namespaces, mounts and log pipes stay. What steers init is a signal that only a process
+outside of the container can send: see the head of `init.c`.
+
+`Criu.dump()` holds init first and releases it if it fails; `Criu.restore()` releases it after success. In between the
+container is *held*: no process of the application is there, and the container lives all the same.
+
+A CRIU that has begun is never interrupted, for a killed one leaves sockets in repair mode and processes half made. When
+the caller is cancelled, it waits for CRIU's end first. When the daemon is killed, CRIU goes on (it writes to files, not
+to pipes), and the next daemon finds either the processes or complete images (see `complete()`).
+
+A checkpoint is a folder of images (mode 0700: it has the application's memory) and, beside it, `<folder>.json`: what is
+needed to restore it and to see whether it is what it was, also after a restart of the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from criproxy import criu_log, processes, run
+from criproxy.bundle import Bundle
+from criproxy.cgroup import Cgroup
+from criproxy.processes import ThreadAttributes
+
+DUMP_TIMEOUT: Final = 120.0
+"""Seconds after which a dump is given up (and the application goes on). 10 GiB take 20 s on a slow disk."""
+
+RESTORE_TIMEOUT: Final = 120.0
+
+# The numbers of native/init.c.
+_HOLD: Final = 61
+_RELEASE: Final = 62
+_START: Final = 63
+_ORDERS: Final = sum(1 << (order - 1) for order in (_HOLD, _RELEASE, _START))
+
+# How long init may take to see a signal. It is a matter of microseconds, unless its cgroup is frozen or starved.
+_HEARING_SECONDS: Final = 0.5
+
+# How long what CRIU has killed may take to be gone: init reaps it, and big memory takes time to be freed.
+_REAPING_SECONDS: Final = 10.0
+
+_CAP_KILL: Final = 5
+_CAP_SYS_PTRACE: Final = 19
+_CAP_SYS_ADMIN: Final = 21
+
+_STDIO: Final = (0, 1, 2)
+
+# The same number on every architecture, as those of all system calls since Linux 5.1.
+_SYS_PIDFD_GETFD: Final = 438
+_TCP_REPAIR: Final = 19
+
+_OPTIONS: Final = (
+    "--tcp-established",
+    "--network-lock",
+    "skip",
+    "--file-locks",
+    "--ext-unix-sk",
+    "--manage-cgroups=ignore",
+)
+_DUMP_OPTIONS: Final = ("--link-remap", "--ghost-limit", "64M")
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_log: Final = logging.getLogger(__name__)
+
+
+class CheckpointError(Exception):
+    """The processes couldn't be dumped and go on as before. `reason` is for people, `log` CRIU's own, if any."""
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.log = log
+
+
+class RestoreError(Exception):
+    """The processes couldn't be restored; the checkpoint is still there and the container still held."""
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.log = log
+
+
+class AttributesChanged(Exception):
+    """A restored thread may do more than before. The text says which thread and what."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is kept beside the images."""
+
+    guard: int
+    """The number of the tree's root in the container's PID namespace. So are those of the threads."""
+    attributes: Mapping[int, ThreadAttributes]
+
+    def write(self, path: Path) -> None:
+        threads = {
+            tid: asdict(thread) | {"affinity": sorted(thread.affinity)} for tid, thread in self.attributes.items()
+        }
+        draft = path.with_name(f".{path.name}")
+        draft.write_text(json.dumps({"guard": self.guard, "threads": threads}))
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Saved:
+        """Raises OSError or ValueError."""
+        data: dict[str, Any] = json.loads(path.read_text())
+        try:
+            threads = {
+                int(tid): ThreadAttributes(**fields | {"affinity": frozenset(fields["affinity"])})
+                for tid, fields in data["threads"].items()
+            }
+            return cls(int(data["guard"]), threads)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} isn't what criproxy has written: {error}") from error
+
+
+# --- The container's init ---------------------------------------------------------------------------------------------
+
+
+def hold(init_pid: int) -> None:
+    """From now on the application's end isn't the container's.
+
+    Raises ProcessLookupError if the container has ended, and CheckpointError if its init doesn't run (a frozen cgroup).
+    """
+    # Init sees pending signals by their number: a HOLD would overtake a RELEASE or START that it hasn't seen yet.
+    deadline = time.monotonic() + _HEARING_SECONDS
+    while _pending(init_pid) & _ORDERS:
+        if time.monotonic() > deadline:
+            raise CheckpointError("the container's init doesn't run: the container is paused, or has no processor time")
+        time.sleep(0.001)
+    _order(init_pid, _HOLD)
+
+
+def release(init_pid: int) -> None:
+    """The application's end is the container's again. If it has ended meanwhile, the container ends, with its status.
+
+    Raises ProcessLookupError if the container has ended.
+    """
+    _order(init_pid, _RELEASE)
+
+
+def start(init_pid: int) -> None:
+    """A held container's command is started afresh. What is left of the old tree has to be killed before.
+
+    Raises ProcessLookupError if the container has ended.
+    """
+    _order(init_pid, _START)
+
+
+def guard_pid(init_pid: int) -> int | None:
+    """The host's number of the root of the application's tree; None if there is none."""
+    guard = _guard(init_pid)
+    return guard[0] if guard else None
+
+
+def application_pid(init_pid: int) -> int | None:
+    """The host's number of the application's main process (the container's command); None if there is none."""
+    guard = _guard(init_pid)
+    if guard is None:
+        return None
+    pid, wanted = guard
+    for child in processes.children(pid):
+        with contextlib.suppress(ProcessLookupError):
+            if processes.ns_pid(child) == wanted and processes.Process.of(child).alive():
+                return child
+    return None
+
+
+def may_signal(init_pid: int, app_pid: int) -> bool:
+    """Whether kill(2) lets the container's init send the application any signal; where not, criproxy has to do it.
+
+    Raises ProcessLookupError if one of them is gone.
+    """
+    sender, target = _status(init_pid), _status(app_pid)
+    if int(sender["CapEff"], 16) >> _CAP_KILL & 1:
+        return True
+    real, effective = sender["Uid"].split()[:2]
+    target_real, _effective, target_saved = target["Uid"].split()[:3]
+    return bool({real, effective} & {target_real, target_saved})
+
+
+def _guard(init_pid: int) -> tuple[int, int] | None:
+    """The guard's number on the host, and the application's in the container, which is a part of the guard's name."""
+    try:
+        init = os.stat(f"/proc/{init_pid}/exe")
+        for child in processes.children(init_pid):
+            word, _space, number = processes.name(child).partition(" ")
+            if word == "guard" and number.isdigit():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    if os.path.samestat(os.stat(f"/proc/{child}/exe"), init):
+                        return child, int(number)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return None
+
+
+def _order(init_pid: int, signum: int) -> None:
+    """Sends a signal to a container's init and to nothing else, whatever has become of the number."""
+    pidfd = _open_init(init_pid)
+    try:
+        signal.pidfd_send_signal(pidfd, signum)
+    finally:
+        os.close(pidfd)
+
+
+def _open_init(init_pid: int) -> int:
+    """A pidfd of the container's init. Raises ProcessLookupError if the number isn't that of a namespace's PID 1."""
+    pidfd = os.pidfd_open(init_pid)
+    try:
+        # After the descriptor, so that what is looked at and what the descriptor stands for are the same.
+        numbers = _status(init_pid)["NSpid"].split()
+        if len(numbers) < 2 or numbers[-1] != "1":
+            raise ProcessLookupError(f"Process {init_pid} isn't the first one of a container")
+    except BaseException:
+        os.close(pidfd)
+        raise
+    return pidfd
+
+
+def _pending(pid: int) -> int:
+    """The signals that a process has been sent and has not taken yet, as a set of bits."""
+    return int(_status(pid)["ShdPnd"], 16)
+
+
+def _status(pid: int) -> dict[str, str]:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(f"There is no process {pid}") from None
+    return {name: value.strip() for name, _colon, value in (line.partition(":") for line in text.splitlines())}
+
+
+# --- CRIU -------------------------------------------------------------------------------------------------------------
+
+
+class Criu:
+    """CRIU from a bundle, run inside containers that have this bundle mounted. Durations are in seconds."""
+
+    def __init__(
+        self, bundle: Bundle, *, dump_timeout: float = DUMP_TIMEOUT, restore_timeout: float = RESTORE_TIMEOUT
+    ) -> None:
+        self._bundle = bundle
+        self._dump_timeout = dump_timeout
+        self._restore_timeout = restore_timeout
+
+    async def dump(self, init_pid: int, images: Path) -> float:
+        """Dumps the application of a container into the new folder `images` and ends its processes; returns how long.
+
+        The container is held afterwards. Raises CheckpointError; then it isn't, and the application goes on. What was
+        in `images` is older than the running application, and deleted. Cancelled, it takes as long and has the same
+        effect.
+        """
+        began = time.monotonic()
+        discard(images)
+        try:
+            saved, tree = self._survey(init_pid)
+            images.mkdir(mode=0o700)
+            saved.write(_beside(images))
+            hold(init_pid)
+        except OSError as error:
+            discard(images)
+            raise CheckpointError(_sentence(error)) from error
+        except CheckpointError:
+            discard(images)
+            raise
+        try:
+            with ExitStack() as stack:
+                folder = _folder(images, stack)
+                # Not in the container's cgroups: it would be counted there, limited, and killed with the container.
+                enter = self._enter(init_pid, stack, cgroups=())
+                action = ["dump", "-t", str(saved.guard), *_images(folder, "dump.log"), *_OPTIONS, *_DUMP_OPTIONS]
+                await self._run(
+                    [*enter.argv, *action], (*enter.fds, folder), self._dump_timeout, images / "dump.log", tree
+                )
+            await _gone(tree)
+        except (_Failed, OSError) as error:
+            if complete(images) and not all(process.alive() for process in tree):
+                # It was killed when all was written and some processes were ended: the others can't go on without them.
+                _signal(tree, signal.SIGKILL)
+                await _gone(tree)
+                return time.monotonic() - began
+            _rescue(tree)
+            reason = _unsupported(tree) or _sentence(error)
+            with contextlib.suppress(ProcessLookupError):
+                release(init_pid)
+            discard(images)
+            raise CheckpointError(reason, getattr(error, "log", "")) from error
+        return time.monotonic() - began
+
+    async def restore(self, init_pid: int, images: Path, cgroup_fds: Sequence[int] | None = None) -> float:
+        """Restores what `dump()` has dumped, in a container that is held, and lets go of it; returns how long.
+
+        `cgroup_fds`: as `Cgroup.join_fds()` gives them (they stay open); without, those of init are looked up. The
+        images stay. Raises RestoreError; then what was restored half is gone, and another try is possible.
+        """
+        began = time.monotonic()
+        since = _ticks()
+        try:
+            with ExitStack() as stack:
+                saved = Saved.read(_beside(images))
+                if cgroup_fds is None:
+                    cgroup_fds = Cgroup.of(init_pid).join_fds()
+                    for descriptor in cgroup_fds:
+                        stack.callback(os.close, descriptor)
+                folder = _folder(images, stack)
+                pipes = _pipes(init_pid, stack)
+                enter = self._enter(init_pid, stack, cgroups=cgroup_fds, like=saved.attributes.get(saved.guard))
+                action = ["restore", "--restore-detached", *_images(folder, "restore.log"), *_OPTIONS]
+                for inode, descriptor in pipes.items():
+                    action += ["--inherit-fd", f"fd[{descriptor}]:pipe:[{inode}]"]
+                fds = (*enter.fds, *cgroup_fds, folder, *pipes.values())
+                try:
+                    await self._run([*enter.argv, *action], fds, self._restore_timeout, images / "restore.log")
+                except _Failed:
+                    await _clear(init_pid, since)
+                    raise
+                finally:
+                    # Also when cancelled after CRIU's success. If there is nothing, it isn't let go of.
+                    if guard_pid(init_pid) is not None:
+                        release(init_pid)
+        except (_Failed, OSError, LookupError, ValueError) as error:
+            raise RestoreError(_sentence(error), getattr(error, "log", "")) from error
+        return time.monotonic() - began
+
+    async def verify(self, init_pid: int, images: Path) -> list[str]:
+        """Compares every thread with what was saved before the dump; for right after a restore, off its hot path.
+
+        Where they differ, CPU affinity (which CRIU doesn't restore) and oom_score_adj (which it restores unless it was
+        0) are set. Raises AttributesChanged if a thread may do more than before: another LSM label, more capabilities,
+        no NoNewPrivs, a weaker seccomp mode. Returns sentences about what else differs. What the application itself
+        has given up since is seen as well; threads that it has ended or made since aren't.
+        """
+        saved = Saved.read(_beside(images))
+        guard = guard_pid(init_pid)
+        pids = processes.tree(guard) if guard is not None else []
+        now = processes.attributes(pids)
+        hosts = _host_numbers(pids)
+        remarks: list[str] = []
+        for tid, was in saved.attributes.items():
+            if (new := now.get(tid)) is None or new == was:
+                continue
+            if (gained := _gained(was, new)) is not None:
+                raise AttributesChanged(f"thread {tid} of the restored application has {gained}")
+            remarks += _put_back(hosts.get(tid, 0), tid, was, new)
+        return remarks
+
+    def _survey(self, init_pid: int) -> tuple[Saved, list[processes.Process]]:
+        guard = guard_pid(init_pid)
+        if guard is None:
+            raise CheckpointError("there is no application below the container's init")
+        bounding = int(_status(init_pid)["CapBnd"], 16)
+        if bounding >> _CAP_SYS_PTRACE & 1 and not bounding >> _CAP_SYS_ADMIN & 1:
+            # CRIU has the host's full rights and is visible in the container: who may trace it has them too.
+            raise CheckpointError("the container has CAP_SYS_PTRACE, and could take over CRIU with it")
+        pids = processes.tree(guard)
+        return Saved(processes.ns_pid(guard), processes.attributes(pids)), _processes(pids)
+
+    def _enter(
+        self, init_pid: int, stack: ExitStack, *, cgroups: Sequence[int], like: ThreadAttributes | None = None
+    ) -> _Enter:
+        pidfd = _open_init(init_pid)
+        stack.callback(os.close, pidfd)
+        argv = [str(self._bundle.enter), "--pidfd", str(pidfd)]
+        for descriptor in cgroups:
+            argv += ["--cgroup-fd", str(descriptor)]
+        if like is not None:
+            argv += ["--cpu-affinity", ",".join(map(str, sorted(like.affinity)))]
+            argv += ["--oom-score-adj", str(like.oom_score_adj)]
+        return _Enter([*argv, "--", *self._bundle.criu_argv()], (pidfd,))
+
+    async def _run(
+        self, argv: list[str], fds: Sequence[int], timeout: float, log: Path, tree: Sequence[processes.Process] = ()
+    ) -> None:
+        """Raises _Failed. `tree` is what is stopped before CRIU is killed after the time-out."""
+        output = log.with_suffix(".out")
+        try:
+            with open(output, "wb") as stream, ExitStack() as stack:
+                running = stack.enter_context(
+                    run.start(
+                        argv,
+                        pass_fds=fds,
+                        stdout=stream.fileno(),
+                        stderr=stream.fileno(),
+                        env=self._bundle.environment,
+                    )
+                )
+                code, cancelled = await _to_the_end(running, timeout)
+                criu = _processes(processes.tree(running.pid)[1:]) if code is None else []
+                if code is None:
+                    # What is traced stops when CRIU's death lets go of it, before it can use what CRIU has changed.
+                    _signal(tree, signal.SIGSTOP)
+        except run.CommandError as error:
+            raise _Failed(str(error)) from error
+        # The launcher's death kills it, but nobody waits for that.
+        await _gone(criu)
+        if code != 0:
+            text = _read(output) + _read(log)
+            ended = f"ended with code {code}"
+            if code is None:
+                raise _Failed(f"CRIU took longer than {timeout:g} s and was ended", criu_log.tail(text))
+            raise _Failed(criu_log.reason(text, ended), criu_log.tail(text))
+        if cancelled is not None:
+            raise cancelled
+
+
+def complete(images: Path) -> bool:
+    """Whether a folder has all images of a dump, also of one that a daemon which was killed has begun.
+
+    CRIU writes the inventory last, before it ends the processes.
+    """
+    return (images / "inventory.img").exists() and _beside(images).exists()
+
+
+def discard(images: Path) -> None:
+    """Deletes a checkpoint, if there is one. Idempotent."""
+    # The inventory first: what is deleted half must not look complete.
+    (images / "inventory.img").unlink(missing_ok=True)
+    shutil.rmtree(images, ignore_errors=True)
+    _beside(images).unlink(missing_ok=True)
+
+
+# --- Inside -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Enter:
+    argv: list[str]
+    fds: tuple[int, ...]
+
+
+class _Failed(Exception):
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(reason)
+        self.log = log
+
+
+def _beside(images: Path) -> Path:
+    return images.with_name(f"{images.name}.json")
+
+
+def _folder(images: Path, stack: ExitStack) -> int:
+    descriptor = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _images(folder: int, log: str) -> list[str]:
+    """By descriptor: the container has no path to it, and must not have one."""
+    return ["-D", f"/proc/self/fd/{folder}", "-W", f"/proc/self/fd/{folder}", "-o", log, "-v2"]
+
+
+def _pipes(init_pid: int, stack: ExitStack) -> dict[int, int]:
+    """Init's standard streams as far as they are pipes: a descriptor of ours by their inode.
+
+    Opened for reading *and* writing, and kept open while CRIU runs, as CRIU opens them once more in the application's
+    own mode: that would block for ever where the other end is gone (a closed stdin).
+    """
+    pipes: dict[int, int] = {}
+    for number in _STDIO:
+        path = f"/proc/{init_pid}/fd/{number}"
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(path)
+            if target.startswith("pipe:[") and (inode := int(target[6:-1])) not in pipes:
+                pipes[inode] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                stack.callback(os.close, pipes[inode])
+    return pipes
+
+
+async def _gone(tree: Sequence[processes.Process]) -> bool:
+    """Waits until what was killed is reaped; before, a restore couldn't have the numbers. False: it takes too long."""
+    pause = 0.0005
+    deadline = time.monotonic() + _REAPING_SECONDS
+    for process in tree:
+        while _same(process):
+            if time.monotonic() > deadline:
+                _log.warning("process %d was killed, but init hasn't reaped it", process.pid)
+                return False
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.02)
+    return True
+
+
+def _same(process: processes.Process) -> bool:
+    """Whether the process is there, if only as a zombie."""
+    try:
+        return processes.start_time(process.pid) == process.start_time
+    except ProcessLookupError:
+        return False
+
+
+async def _to_the_end(running: run.Running, timeout: float) -> tuple[int | None, asyncio.CancelledError | None]:
+    """The exit code, None after the time-out; and the cancellation that came meanwhile."""
+    waiting = asyncio.ensure_future(running.wait())
+    deadline = time.monotonic() + timeout
+    cancelled = None
+    while not waiting.done() and (left := deadline - time.monotonic()) > 0:
+        try:
+            await asyncio.wait({waiting}, timeout=left)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if waiting.done():
+        return waiting.result(), cancelled
+    waiting.cancel()
+    return None, cancelled
+
+
+def _rescue(tree: Sequence[processes.Process]) -> None:
+    """Repairs what a CRIU that was killed, or crashed, in the middle of a dump has left.
+
+    A traced process runs on when its tracer is gone, and CRIU's code in it withdraws when it notices. But TCP sockets
+    stay in repair mode, in which reading fails with EPERM, and what we have stopped is stopped.
+    """
+    for process in tree:
+        if process.alive():
+            with contextlib.suppress(OSError):
+                _end_repair(process.pid)
+    _signal(tree, signal.SIGCONT, stopped=True)
+
+
+def _unsupported(tree: Sequence[processes.Process]) -> str | None:
+    """What the processes have open that CRIU can't dump, where its own message doesn't tell.
+
+    The kernel doesn't let io_uring's descriptors be copied to CRIU, which then says "Can't retrieve FDs".
+    """
+    for process in tree:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{process.pid}/fd"):
+                if os.readlink(f"/proc/{process.pid}/fd/{name}") == "anon_inode:[io_uring]":
+                    return f'"{processes.name(process.pid)}" uses io_uring, which CRIU can\'t dump'
+    return None
+
+
+def _end_repair(pid: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+                    continue
+                copy = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(name), 0)
+                if copy < 0:
+                    continue
+                with socket.socket(fileno=copy) as one:
+                    if one.getsockopt(socket.SOL_TCP, _TCP_REPAIR) == 1:
+                        one.setsockopt(socket.SOL_TCP, _TCP_REPAIR, 0)
+    finally:
+        os.close(pidfd)
+
+
+def _signal(tree: Sequence[processes.Process], signum: int, *, stopped: bool = False) -> None:
+    """`stopped`: only to those that are."""
+    for process in tree:
+        with contextlib.suppress(ProcessLookupError):
+            if process.alive() and (not stopped or _status(process.pid)["State"][0] in "Tt"):
+                os.kill(process.pid, signum)
+
+
+async def _clear(init_pid: int, since: int) -> None:
+    """Ends the processes below init that were made since, and waits until they are gone."""
+    # Once more for those that one had made before it was killed; then once more to see that there are none.
+    while remains := [new for new in _processes(processes.tree(init_pid)[1:]) if new.start_time >= since]:
+        _signal(remains, signal.SIGKILL)
+        if not await _gone(remains):
+            return
+
+
+def _processes(pids: Sequence[int]) -> list[processes.Process]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            found.append(processes.Process.of(pid))
+    return found
+
+
+def _ticks() -> int:
+    """Now, as the kernel notes when a process starts."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def _host_numbers(pids: Sequence[int]) -> dict[int, int]:
+    """The host's thread numbers by those in the container."""
+    numbers: dict[int, int] = {}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            for tid in processes.threads(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    numbers[processes.ns_pid(tid)] = tid
+    return numbers
+
+
+def _gained(was: ThreadAttributes, new: ThreadAttributes) -> str | None:
+    """What a thread may do now that it mightn't before, in words."""
+    if new.label != was.label:
+        return f'the security label "{new.label}" instead of "{was.label}"'
+    for name in ("inh", "prm", "eff", "bnd", "amb"):
+        if more := getattr(new, f"cap_{name}") & ~getattr(was, f"cap_{name}"):
+            return f"capabilities that it didn't have before (Cap{name.capitalize()} {more:016x} more)"
+    if was.no_new_privs and not new.no_new_privs:
+        return "lost NoNewPrivs"
+    if (was.seccomp and not new.seccomp) or new.seccomp_filters < was.seccomp_filters:
+        return "lost seccomp filters"
+    return None
+
+
+def _put_back(host: int, tid: int, was: ThreadAttributes, new: ThreadAttributes) -> list[str]:
+    remarks = []
+    if new.affinity != was.affinity:
+        try:
+            os.sched_setaffinity(host, was.affinity)
+        except OSError as error:
+            remarks.append(f"thread {tid} can't have the processors that it had: {error.strerror}")
+    if new.oom_score_adj != was.oom_score_adj:
+        try:
+            Path(f"/proc/{host}/oom_score_adj").write_text(str(was.oom_score_adj))
+        except OSError as error:
+            remarks.append(
+                f"thread {tid} has oom_score_adj {new.oom_score_adj}, not {was.oom_score_adj}: {error.strerror}"
+            )
+    for name in ("inh", "prm", "eff", "bnd", "amb"):
+        if less := getattr(was, f"cap_{name}") & ~getattr(new, f"cap_{name}"):
+            remarks.append(f"thread {tid} lacks capabilities that it had before (Cap{name.capitalize()} {less:016x})")
+    return remarks
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, ProcessLookupError):
+        return f"the container has ended ({error})" if str(error) else "the container has ended"
+    return str(error)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
