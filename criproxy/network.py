@@ -455,12 +455,15 @@ class PodNetwork:
         if made and not any(netlink.filters(self._route, index, direction) for direction in DIRECTIONS):
             netlink.delete_clsact(self._route, index)
 
-    def close(self) -> None:
-        """Lets go of the hook, which goes on as it is. Can be called twice."""
+    def off_parked(self) -> None:
+        """Ends `on_parked`, on the same event loop. Parked packets stay in the ring."""
         if self._loop is not None:
             self._loop.remove_reader(self._ring.fileno())
-            self._loop = None
-        self._callback = None
+            self._loop = self._callback = None
+
+    def close(self) -> None:
+        """Lets go of the hook, which goes on as it is. Can be called twice."""
+        self.off_parked()
         self._resources.close()
 
     def __enter__(self) -> Self:

@@ -69,7 +69,7 @@ class Node:
         if sandbox := self.sandboxes.get(sandbox_id):
             for member in sandbox.containers.values():
                 await member.close()
-            sandbox.detach()
+            await sandbox.detach()
 
     async def removed_sandbox(self, sandbox_id: str) -> None:
         await self.stopped_sandbox(sandbox_id)

@@ -9,11 +9,12 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from criproxy.bpf import BpfError
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Container, Record, State
 from criproxy.gate import Gate
-from criproxy.network import Parked, PodNetwork
+from criproxy.network import NetworkError, Parked, PodNetwork
 from criproxy.policy import Policy
 from criproxy.workload import Workload
 
@@ -57,16 +58,25 @@ class Sandbox:
         """Puts the hook into the pod's network namespace, or finds it there (after a restart of the daemon)."""
         if self.record.problem:
             return
-        netns = Path(self.record.netns)
-        enter = PodNetwork.adopt if self._pins.exists() else PodNetwork.attach
-        self._network = await asyncio.to_thread(enter, netns, self._pins)
+        self._network = await asyncio.to_thread(self._hook, Path(self.record.netns))
         self._network.on_parked(self._parked)
 
-    def detach(self) -> None:
+    def _hook(self, netns: Path) -> PodNetwork:
+        if self._pins.exists():
+            try:
+                return PodNetwork.adopt(netns, self._pins)
+            except (NetworkError, BpfError) as error:
+                # Half made by a daemon that was killed, or by another version.
+                log.warning("%s/%s: hooked anew: %s", self.record.namespace, self.record.name, error)
+                PodNetwork.discard(self._pins)
+        return PodNetwork.attach(netns, self._pins)
+
+    async def detach(self) -> None:
         """Takes the hook away. The pod's network namespace may be gone already."""
         if self._network is not None:
-            self._network.detach()
-            self._network = None
+            network, self._network = self._network, None
+            network.off_parked()
+            await asyncio.to_thread(network.detach)
 
     async def close(self) -> None:
         """The daemon stops: everything stays as it is, for the next one."""
