@@ -304,21 +304,21 @@ class Criu:
             raise CheckpointError(reason, getattr(error, "log", "")) from error
         return time.monotonic() - began
 
-    async def restore(self, init_pid: int, images: Path, cgroup_fds: Sequence[int] | None = None) -> float:
+    async def restore(self, init_pid: int, images: Path, cgroup: Cgroup | None = None) -> float:
         """Restores what `dump()` has dumped, in a container that is held, and lets go of it; returns how long.
 
-        `cgroup_fds`: as `Cgroup.join_fds()` gives them (they stay open); without, those of init are looked up. The
-        images stay. Raises RestoreError; then what was restored half is gone, and another try is possible.
+        `cgroup`: the container's; without, that of init is looked up. The images stay. Raises RestoreError; then what was
+        restored half is gone, and another try is possible.
         """
         began = time.monotonic()
         since = _ticks()
         try:
             with ExitStack() as stack:
                 saved = Saved.read(_beside(images))
-                if cgroup_fds is None:
-                    cgroup_fds = Cgroup.of(init_pid).join_fds()
-                    for descriptor in cgroup_fds:
-                        stack.callback(os.close, descriptor)
+                # A client waits: whoever knows the container's cgroup spares us to look it up among all mounts.
+                cgroup_fds = (cgroup or Cgroup.of(init_pid)).join_fds()
+                for descriptor in cgroup_fds:
+                    stack.callback(os.close, descriptor)
                 folder = _folder(images, stack)
                 pipes = _pipes(init_pid, stack)
                 enter = self._enter(init_pid, stack, cgroups=cgroup_fds, like=saved.attributes.get(saved.guard))

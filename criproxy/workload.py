@@ -66,7 +66,7 @@ class Workload:
 
     async def restore(self) -> None:
         with self._cgroup.lifted(self._limits):
-            await self._criu.restore(self.init_pid, self._images)
+            await self._criu.restore(self.init_pid, self._images, self._cgroup)
 
     async def verify(self) -> None:
         for remark in await self._criu.verify(self.init_pid, self._images):
