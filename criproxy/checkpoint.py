@@ -307,7 +307,7 @@ class Criu:
     async def restore(self, init_pid: int, images: Path, cgroup: Cgroup | None = None) -> float:
         """Restores what `dump()` has dumped, in a container that is held, and lets go of it; returns how long.
 
-        `cgroup`: the container's; without, that of init is looked up. The images stay. Raises RestoreError; then what was
+        `cgroup`: the container's; without it, init's is looked up. The images stay. Raises RestoreError; then what was
         restored half is gone, and another try is possible.
         """
         began = time.monotonic()

@@ -274,13 +274,17 @@ class Container:
             self.record.reason = "internal error of criproxy, see its log"
             await self._enter(State.DISABLED)
 
-    async def _enter(self, state: State, reason: str = "") -> None:
+    async def _enter(self, state: State, reason: str = "", *, soon: bool = False) -> None:
+        """`soon`: the record is written when this task waits next, not before."""
         log.debug("%s: %s -> %s %s", self, self.record.state, state, reason)
         self.record.state = state
         self.record.since = time.time()
         if reason or state is not State.DISABLED:
             self.record.reason = reason
-        self._save(self.record)
+        if soon:
+            asyncio.get_running_loop().call_soon(self._save, self.record)
+        else:
+            self._save(self.record)
         async with self._changed:
             self._changed.notify_all()
 
@@ -369,7 +373,9 @@ class Container:
     async def _bring_back(self) -> None:
         """From the checkpoint, else afresh; either way the container runs in the end and the gate is open."""
         began = time.monotonic()
-        await self._enter(State.RESTORING)
+        # A client waits, and the file takes 1 ms: it is written while CRIU works. Should we not live to do it, processes
+        # beside `scaled_down` tell whoever adopts the container the same as `restoring` does.
+        await self._enter(State.RESTORING, soon=True)
         reason = ""
         if self._tier is Tier.RESTART:
             await self._start_afresh()

@@ -47,6 +47,7 @@ class FakeWorkload:
         return 42
 
     async def restore(self) -> None:
+        await asyncio.sleep(0)
         self.log.append("restore")
         if self.restore_errors:
             raise self.restore_errors.pop(0)
