@@ -373,8 +373,8 @@ class Container:
     async def _bring_back(self) -> None:
         """From the checkpoint, else afresh; either way the container runs in the end and the gate is open."""
         began = time.monotonic()
-        # A client waits, and the file takes 1 ms: it is written while CRIU works. Should we not live to do it, processes
-        # beside `scaled_down` tell whoever adopts the container the same as `restoring` does.
+        # A client waits, and the file takes 1 ms: it is written while CRIU works. Should we not live to do it, then
+        # processes beside `scaled_down` tell whoever adopts the container the same as `restoring` does.
         await self._enter(State.RESTORING, soon=True)
         reason = ""
         if self._tier is Tier.RESTART:
