@@ -1,0 +1,13 @@
+"""What the README says of annotations is what the code does."""
+
+from pathlib import Path
+
+from criproxy import policy
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_tables_of_annotations_are_the_policys() -> None:
+    text = README.read_text()
+    table = text.split("a test compares. -->\n")[1].split("<!-- /policy -->")[0]
+    assert table.strip() == policy.markdown().strip(), "write `python -m criproxy.policy` into README.md"
