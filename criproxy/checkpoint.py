@@ -296,7 +296,7 @@ class Criu:
                 _signal(tree, signal.SIGKILL)
                 await _gone(tree)
                 return time.monotonic() - began
-            _rescue(tree)
+            _rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
             reason = _unsupported(tree) or _sentence(error)
             with contextlib.suppress(ProcessLookupError):
                 release(init_pid)
@@ -402,19 +402,17 @@ class Criu:
                     )
                 )
                 code, cancelled = await _to_the_end(running, timeout)
-                criu = _processes(processes.tree(running.pid)[1:]) if code is None else []
                 if code is None:
                     # What is traced stops when CRIU's death lets go of it, before it can use what CRIU has changed.
                     _signal(tree, signal.SIGSTOP)
+                    await _kill_criu(running)
         except run.CommandError as error:
             raise _Failed(str(error)) from error
-        # The launcher's death kills it, but nobody waits for that.
-        await _gone(criu)
         if code != 0:
             text = _read(output) + _read(log)
             ended = f"ended with code {code}"
             if code is None:
-                raise _Failed(f"CRIU took longer than {timeout:g} s and was ended", criu_log.tail(text))
+                raise _Failed(f"CRIU took longer than {timeout:g} s and was ended", criu_log.tail(text), killed=True)
             raise _Failed(criu_log.reason(text, ended), criu_log.tail(text))
         if cancelled is not None:
             raise cancelled
@@ -446,9 +444,11 @@ class _Enter:
 
 
 class _Failed(Exception):
-    def __init__(self, reason: str, log: str = "") -> None:
+    def __init__(self, reason: str, log: str = "", *, killed: bool = False) -> None:
+        """`killed`: by us, after we had stopped the processes."""
         super().__init__(reason)
         self.log = log
+        self.killed = killed
 
 
 def _beside(images: Path) -> Path:
@@ -521,17 +521,28 @@ async def _to_the_end(running: run.Running, timeout: float) -> tuple[int | None,
     return None, cancelled
 
 
-def _rescue(tree: Sequence[processes.Process]) -> None:
-    """Repairs what a CRIU that was killed, or crashed, in the middle of a dump has left.
+async def _kill_criu(running: run.Running) -> None:
+    """Kills CRIU and not its launcher: that one reaps it. The launcher's end would kill CRIU too, but when?"""
+    deadline = time.monotonic() + run.KILL_GRACE
+    while running.poll() is None and time.monotonic() < deadline:
+        _signal(_processes(processes.children(running.pid)), signal.SIGKILL)
+        await _to_the_end(running, 0.02)
+
+
+def _rescue(tree: Sequence[processes.Process], *, stopped: bool) -> None:
+    """Repairs, as far as possible, what a CRIU that was killed, or crashed, in the middle of a dump has left.
 
     A traced process runs on when its tracer is gone, and CRIU's code in it withdraws when it notices. But TCP sockets
-    stay in repair mode, in which reading fails with EPERM, and what we have stopped is stopped.
+    stay in repair mode, in which reading fails with EPERM, and what we have stopped is stopped. Beyond repair is a
+    process in which CRIU was just placing its code, for a millisecond each: it ends with SIGTRAP, as in a crash.
     """
     for process in tree:
         if process.alive():
             with contextlib.suppress(OSError):
                 _end_repair(process.pid)
-    _signal(tree, signal.SIGCONT, stopped=True)
+    # Without a look at their state: whoever hasn't stopped yet will.
+    if stopped:
+        _signal(tree, signal.SIGCONT)
 
 
 def _unsupported(tree: Sequence[processes.Process]) -> str | None:
@@ -564,11 +575,10 @@ def _end_repair(pid: int) -> None:
         os.close(pidfd)
 
 
-def _signal(tree: Sequence[processes.Process], signum: int, *, stopped: bool = False) -> None:
-    """`stopped`: only to those that are."""
+def _signal(tree: Sequence[processes.Process], signum: int) -> None:
     for process in tree:
         with contextlib.suppress(ProcessLookupError):
-            if process.alive() and (not stopped or _status(process.pid)["State"][0] in "Tt"):
+            if process.alive():
                 os.kill(process.pid, signum)
 
 

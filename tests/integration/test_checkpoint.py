@@ -19,7 +19,7 @@ import pytest
 from box import CAPABILITIES, Box, ask, redis, until
 
 import criproxy
-from criproxy import bundle, checkpoint, processes
+from criproxy import bundle, checkpoint, processes, run
 from criproxy.bundle import Bundle
 from criproxy.checkpoint import AttributesChanged, CheckpointError, Criu, RestoreError
 
@@ -113,7 +113,8 @@ async def test_nginx_with_workers_of_another_user(box: Callable[..., Box], criu:
         config = config.replace("http {", f"http {{ {name_of_path(name)} /tmp/{name};", 1)
     script = f"mkdir -p /tmp/log; echo '{config}' > /tmp/nginx.conf; exec nginx -e stderr -c /tmp/nginx.conf"
     container = box("sh", "-c", script)
-    until(lambda: len(_pids(container)) == 4)
+    # Two workers, which have become www-data.
+    until(lambda: [thread.cap_prm for thread in _attributes(container).values()].count(0) == 2)
     await cycle(criu, container, images)
     with container.connect(80) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
@@ -440,31 +441,46 @@ async def test_whoever_is_cancelled_waits_for_the_end(box: Callable[..., Box], c
 
 
 @pytest.mark.parametrize("who", ["the time-out", "somebody"])
-async def test_a_criu_killed_in_the_middle_of_a_dump_leaves_the_application_and_its_connections(
-    who: str, box: Callable[..., Box], criu_bundle: Bundle, images: Path
+async def test_a_criu_killed_in_the_middle_of_a_dump_leaves_nothing_hanging(
+    who: str, box: Callable[..., Box], criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    container = box(*REDIS)
-    with redis(container) as connection:
-        ask(connection, "SET key value")
-        killed = 0
-        for milliseconds in range(2, 40, 2):
-            await _silence()
-            criu = Criu(criu_bundle, dump_timeout=milliseconds / 1000 if who == "the time-out" else 60)
-            task = asyncio.create_task(criu.dump(container.pid, images))
-            if who == "somebody":
-                await asyncio.sleep(milliseconds / 1000)
-                for pid in _criu(container):
-                    os.kill(pid, signal.SIGKILL)
-            try:
-                await task
-            except CheckpointError:
-                killed += 1
-                assert not images.exists()
-            else:
-                await Criu(criu_bundle).restore(container.pid, images)
-            assert ask(connection, "GET key").endswith("value"), f"after {milliseconds} ms"
-        assert killed > 3
-    await cycle(Criu(criu_bundle), container, images)
+    """While it writes memory: the application's sockets are in repair mode then, and CRIU's code is in it.
+
+    Most often all goes on, connections included. In some of its moments CRIU's death is also the application's; then
+    the container ends, as after any crash.
+    """
+    real = checkpoint._to_the_end
+
+    async def until_killed(running: run.Running, timeout: float) -> tuple[int | None, asyncio.CancelledError | None]:
+        while timeout > 1 and not (images / "pages-2.img").exists():
+            await asyncio.sleep(0)
+        if timeout > 1 and who == "the time-out":
+            return None, None
+        for pid in processes.children(running.pid):
+            os.kill(pid, signal.SIGKILL)
+        return await real(running, timeout)
+
+    survived = 0
+    while survived < 4:
+        container = box(*REDIS)
+        with redis(container) as connection:
+            for number in range(2):
+                assert ask(connection, f"SET key {number}") == "+OK"
+                await _silence()
+                with monkeypatch.context() as patch:
+                    patch.setattr(checkpoint, "_to_the_end", until_killed)
+                    try:
+                        await criu.dump(container.pid, images)
+                    except CheckpointError:
+                        assert not images.exists()
+                    else:  # it was faster
+                        await criu.restore(container.pid, images)
+                try:
+                    assert ask(connection, "GET key").endswith(str(number))
+                except (OSError, AssertionError):
+                    assert container.wait() > 128
+                    break
+                survived += 1
 
 
 async def test_a_restore_that_was_killed_can_be_done_again(
@@ -483,7 +499,7 @@ async def test_a_restore_that_was_killed_can_be_done_again(
             assert processes.children(container.pid) == []
         else:
             await Criu(criu_bundle).dump(container.pid, images)
-    assert killed > 3
+    assert killed
     await Criu(criu_bundle).restore(container.pid, images)
     with redis(container) as connection:
         assert ask(connection, "GET key").endswith("value")
@@ -536,11 +552,6 @@ async def _cancel(what: Coroutine[object, object, object], milliseconds: int) ->
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-
-
-def _criu(container: Box) -> list[int]:
-    """CRIU's processes in the container, without the launcher on the host's side."""
-    return [pid for pid in processes.in_namespace(container.pid) if "/.criproxy/criu" in processes.cmdline(pid)]
 
 
 def name_of_path(name: str) -> str:
