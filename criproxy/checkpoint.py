@@ -19,24 +19,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import json
-import logging
 import os
 import shutil
 import signal
-import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from criproxy import criu_log, processes, run
+from criproxy import aftermath, criu_log, processes, run
 from criproxy.bundle import Bundle
 from criproxy.cgroup import Cgroup
 from criproxy.processes import ThreadAttributes
+from criproxy.saved import AttributesChanged, Saved
 
 DUMP_TIMEOUT: Final = 120.0
 """Seconds after which a dump is given up (and the application goes on). 10 GiB take 20 s on a slow disk."""
@@ -52,31 +49,15 @@ _ORDERS: Final = sum(1 << (order - 1) for order in (_HOLD, _RELEASE, _START))
 # How long init may take to see a signal. It is a matter of microseconds, unless its cgroup is frozen or starved.
 _HEARING_SECONDS: Final = 0.5
 
-# How long what CRIU has killed may take to be gone: init reaps it, and big memory takes time to be freed.
-_REAPING_SECONDS: Final = 10.0
-
 _CAP_KILL: Final = 5
 _CAP_SYS_PTRACE: Final = 19
 _CAP_SYS_ADMIN: Final = 21
 
 _STDIO: Final = (0, 1, 2)
 
-# The same number on every architecture, as those of all system calls since Linux 5.1.
-_SYS_PIDFD_GETFD: Final = 438
-_TCP_REPAIR: Final = 19
-
-_OPTIONS: Final = (
-    "--tcp-established",
-    "--network-lock",
-    "skip",
-    "--file-locks",
-    "--ext-unix-sk",
-    "--manage-cgroups=ignore",
-)
-_DUMP_OPTIONS: Final = ("--link-remap", "--ghost-limit", "64M")
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_log: Final = logging.getLogger(__name__)
+_OPTIONS: Final = ("--tcp-established", "--file-locks", "--ext-unix-sk", "--manage-cgroups=ignore")
+# The lock is the pod's eBPF program. CRIU notes it in the images, and says so if it is given again for a restore.
+_DUMP_OPTIONS: Final = ("--network-lock", "skip", "--link-remap", "--ghost-limit", "64M")
 
 
 class CheckpointError(Exception):
@@ -95,40 +76,6 @@ class RestoreError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.log = log
-
-
-class AttributesChanged(Exception):
-    """A restored thread may do more than before. The text says which thread and what."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What is kept beside the images."""
-
-    guard: int
-    """The number of the tree's root in the container's PID namespace. So are those of the threads."""
-    attributes: Mapping[int, ThreadAttributes]
-
-    def write(self, path: Path) -> None:
-        threads = {
-            tid: asdict(thread) | {"affinity": sorted(thread.affinity)} for tid, thread in self.attributes.items()
-        }
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps({"guard": self.guard, "threads": threads}))
-        draft.replace(path)
-
-    @classmethod
-    def read(cls, path: Path) -> Saved:
-        """Raises OSError or ValueError."""
-        data: dict[str, Any] = json.loads(path.read_text())
-        try:
-            threads = {
-                int(tid): ThreadAttributes(**fields | {"affinity": frozenset(fields["affinity"])})
-                for tid, fields in data["threads"].items()
-            }
-            return cls(int(data["guard"]), threads)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} isn't what criproxy has written: {error}") from error
 
 
 # --- The container's init ---------------------------------------------------------------------------------------------
@@ -289,15 +236,15 @@ class Criu:
                 await self._run(
                     [*enter.argv, *action], (*enter.fds, folder), self._dump_timeout, images / "dump.log", tree
                 )
-            await _gone(tree)
+            await aftermath.gone(tree)
         except (_Failed, OSError) as error:
             if complete(images) and not all(process.alive() for process in tree):
                 # It was killed when all was written and some processes were ended: the others can't go on without them.
-                _signal(tree, signal.SIGKILL)
-                await _gone(tree)
+                aftermath.send(tree, signal.SIGKILL)
+                await aftermath.gone(tree)
                 return time.monotonic() - began
-            _rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
-            reason = _unsupported(tree) or _sentence(error)
+            aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
+            reason = aftermath.unsupported(tree) or _sentence(error)
             with contextlib.suppress(ProcessLookupError):
                 release(init_pid)
             discard(images)
@@ -311,7 +258,7 @@ class Criu:
         restored half is gone, and another try is possible.
         """
         began = time.monotonic()
-        since = _ticks()
+        since = aftermath.ticks()
         try:
             with ExitStack() as stack:
                 saved = Saved.read(_beside(images))
@@ -329,7 +276,7 @@ class Criu:
                 try:
                     await self._run([*enter.argv, *action], fds, self._restore_timeout, images / "restore.log")
                 except _Failed:
-                    await _clear(init_pid, since)
+                    await aftermath.clear(init_pid, since)
                     raise
                 finally:
                     # Also when cancelled after CRIU's success. If there is nothing, it isn't let go of.
@@ -347,19 +294,8 @@ class Criu:
         no NoNewPrivs, a weaker seccomp mode. Returns sentences about what else differs. What the application itself
         has given up since is seen as well; threads that it has ended or made since aren't.
         """
-        saved = Saved.read(_beside(images))
         guard = guard_pid(init_pid)
-        pids = processes.tree(guard) if guard is not None else []
-        now = processes.attributes(pids)
-        hosts = _host_numbers(pids)
-        remarks: list[str] = []
-        for tid, was in saved.attributes.items():
-            if (new := now.get(tid)) is None or new == was:
-                continue
-            if (gained := _gained(was, new)) is not None:
-                raise AttributesChanged(f"thread {tid} of the restored application has {gained}")
-            remarks += _put_back(hosts.get(tid, 0), tid, was, new)
-        return remarks
+        return Saved.read(_beside(images)).compare(processes.tree(guard) if guard is not None else [])
 
     def _survey(self, init_pid: int) -> tuple[Saved, list[processes.Process]]:
         guard = guard_pid(init_pid)
@@ -370,7 +306,7 @@ class Criu:
             # CRIU has the host's full rights and is visible in the container: who may trace it has them too.
             raise CheckpointError("the container has CAP_SYS_PTRACE, and could take over CRIU with it")
         pids = processes.tree(guard)
-        return Saved(processes.ns_pid(guard), processes.attributes(pids)), _processes(pids)
+        return Saved(processes.ns_pid(guard), processes.attributes(pids)), aftermath.identify(pids)
 
     def _enter(
         self, init_pid: int, stack: ExitStack, *, cgroups: Sequence[int], like: ThreadAttributes | None = None
@@ -404,7 +340,7 @@ class Criu:
                 code, cancelled = await _to_the_end(running, timeout)
                 if code is None:
                     # What is traced stops when CRIU's death lets go of it, before it can use what CRIU has changed.
-                    _signal(tree, signal.SIGSTOP)
+                    aftermath.send(tree, signal.SIGSTOP)
                     await _kill_criu(running)
         except run.CommandError as error:
             raise _Failed(str(error)) from error
@@ -483,28 +419,6 @@ def _pipes(init_pid: int, stack: ExitStack) -> dict[int, int]:
     return pipes
 
 
-async def _gone(tree: Sequence[processes.Process]) -> bool:
-    """Waits until what was killed is reaped; before, a restore couldn't have the numbers. False: it takes too long."""
-    pause = 0.0005
-    deadline = time.monotonic() + _REAPING_SECONDS
-    for process in tree:
-        while _same(process):
-            if time.monotonic() > deadline:
-                _log.warning("process %d was killed, but init hasn't reaped it", process.pid)
-                return False
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.02)
-    return True
-
-
-def _same(process: processes.Process) -> bool:
-    """Whether the process is there, if only as a zombie."""
-    try:
-        return processes.start_time(process.pid) == process.start_time
-    except ProcessLookupError:
-        return False
-
-
 async def _to_the_end(running: run.Running, timeout: float) -> tuple[int | None, asyncio.CancelledError | None]:
     """The exit code, None after the time-out; and the cancellation that came meanwhile."""
     waiting = asyncio.ensure_future(running.wait())
@@ -525,128 +439,8 @@ async def _kill_criu(running: run.Running) -> None:
     """Kills CRIU and not its launcher: that one reaps it. The launcher's end would kill CRIU too, but when?"""
     deadline = time.monotonic() + run.KILL_GRACE
     while running.poll() is None and time.monotonic() < deadline:
-        _signal(_processes(processes.children(running.pid)), signal.SIGKILL)
+        aftermath.send(aftermath.identify(processes.children(running.pid)), signal.SIGKILL)
         await _to_the_end(running, 0.02)
-
-
-def _rescue(tree: Sequence[processes.Process], *, stopped: bool) -> None:
-    """Repairs, as far as possible, what a CRIU that was killed, or crashed, in the middle of a dump has left.
-
-    A traced process runs on when its tracer is gone, and CRIU's code in it withdraws when it notices. But TCP sockets
-    stay in repair mode, in which reading fails with EPERM, and what we have stopped is stopped. Beyond repair is a
-    process in which CRIU was just placing its code, for a millisecond each: it ends with SIGTRAP, as in a crash.
-    """
-    for process in tree:
-        if process.alive():
-            with contextlib.suppress(OSError):
-                _end_repair(process.pid)
-    # Without a look at their state: whoever hasn't stopped yet will.
-    if stopped:
-        _signal(tree, signal.SIGCONT)
-
-
-def _unsupported(tree: Sequence[processes.Process]) -> str | None:
-    """What the processes have open that CRIU can't dump, where its own message doesn't tell.
-
-    The kernel doesn't let io_uring's descriptors be copied to CRIU, which then says "Can't retrieve FDs".
-    """
-    for process in tree:
-        with contextlib.suppress(OSError):
-            for name in os.listdir(f"/proc/{process.pid}/fd"):
-                if os.readlink(f"/proc/{process.pid}/fd/{name}") == "anon_inode:[io_uring]":
-                    return f'"{processes.name(process.pid)}" uses io_uring, which CRIU can\'t dump'
-    return None
-
-
-def _end_repair(pid: int) -> None:
-    pidfd = os.pidfd_open(pid)
-    try:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
-                    continue
-                copy = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(name), 0)
-                if copy < 0:
-                    continue
-                with socket.socket(fileno=copy) as one:
-                    if one.getsockopt(socket.SOL_TCP, _TCP_REPAIR) == 1:
-                        one.setsockopt(socket.SOL_TCP, _TCP_REPAIR, 0)
-    finally:
-        os.close(pidfd)
-
-
-def _signal(tree: Sequence[processes.Process], signum: int) -> None:
-    for process in tree:
-        with contextlib.suppress(ProcessLookupError):
-            if process.alive():
-                os.kill(process.pid, signum)
-
-
-async def _clear(init_pid: int, since: int) -> None:
-    """Ends the processes below init that were made since, and waits until they are gone."""
-    # Once more for those that one had made before it was killed; then once more to see that there are none.
-    while remains := [new for new in _processes(processes.tree(init_pid)[1:]) if new.start_time >= since]:
-        _signal(remains, signal.SIGKILL)
-        if not await _gone(remains):
-            return
-
-
-def _processes(pids: Sequence[int]) -> list[processes.Process]:
-    found = []
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            found.append(processes.Process.of(pid))
-    return found
-
-
-def _ticks() -> int:
-    """Now, as the kernel notes when a process starts."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
-
-
-def _host_numbers(pids: Sequence[int]) -> dict[int, int]:
-    """The host's thread numbers by those in the container."""
-    numbers: dict[int, int] = {}
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            for tid in processes.threads(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    numbers[processes.ns_pid(tid)] = tid
-    return numbers
-
-
-def _gained(was: ThreadAttributes, new: ThreadAttributes) -> str | None:
-    """What a thread may do now that it mightn't before, in words."""
-    if new.label != was.label:
-        return f'the security label "{new.label}" instead of "{was.label}"'
-    for name in ("inh", "prm", "eff", "bnd", "amb"):
-        if more := getattr(new, f"cap_{name}") & ~getattr(was, f"cap_{name}"):
-            return f"capabilities that it didn't have before (Cap{name.capitalize()} {more:016x} more)"
-    if was.no_new_privs and not new.no_new_privs:
-        return "lost NoNewPrivs"
-    if (was.seccomp and not new.seccomp) or new.seccomp_filters < was.seccomp_filters:
-        return "lost seccomp filters"
-    return None
-
-
-def _put_back(host: int, tid: int, was: ThreadAttributes, new: ThreadAttributes) -> list[str]:
-    remarks = []
-    if new.affinity != was.affinity:
-        try:
-            os.sched_setaffinity(host, was.affinity)
-        except OSError as error:
-            remarks.append(f"thread {tid} can't have the processors that it had: {error.strerror}")
-    if new.oom_score_adj != was.oom_score_adj:
-        try:
-            Path(f"/proc/{host}/oom_score_adj").write_text(str(was.oom_score_adj))
-        except OSError as error:
-            remarks.append(
-                f"thread {tid} has oom_score_adj {new.oom_score_adj}, not {was.oom_score_adj}: {error.strerror}"
-            )
-    for name in ("inh", "prm", "eff", "bnd", "amb"):
-        if less := getattr(was, f"cap_{name}") & ~getattr(new, f"cap_{name}"):
-            remarks.append(f"thread {tid} lacks capabilities that it had before (Cap{name.capitalize()} {less:016x})")
-    return remarks
 
 
 def _sentence(error: BaseException) -> str:
@@ -660,3 +454,19 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+__all__ = [
+    "AttributesChanged",
+    "CheckpointError",
+    "Criu",
+    "RestoreError",
+    "application_pid",
+    "complete",
+    "discard",
+    "guard_pid",
+    "hold",
+    "may_signal",
+    "release",
+    "start",
+]

@@ -473,8 +473,8 @@ async def test_a_criu_killed_in_the_middle_of_a_dump_leaves_nothing_hanging(
                         await criu.dump(container.pid, images)
                     except CheckpointError:
                         assert not images.exists()
-                    else:  # it was faster
-                        await criu.restore(container.pid, images)
+                if images.exists():  # it was faster
+                    await criu.restore(container.pid, images)
                 try:
                     assert ask(connection, "GET key").endswith(str(number))
                 except (OSError, AssertionError):
