@@ -74,12 +74,13 @@ class Layer:
     def text(self, path: str, content: str, mode: int = 0o644, owner: int = 0) -> None:
         self._add(Entry(path.strip("/"), tarfile.REGTYPE, mode, data=content.encode(), owner=owner))
 
-    def file(self, source: Path, path: str = "", mode: int | None = None) -> None:
+    def file(self, source: Path, path: str = "", mode: int | None = None, owner: int = 0) -> None:
         """A file of this machine, at the same path or another. Raises LabError if it isn't there."""
         if not source.is_file():
             raise LabError(f"Cannot find {source}, which an image needs", "`make setup` installs what is missing")
         chosen = stat.S_IMODE(source.stat().st_mode) if mode is None else mode
-        self._add(Entry((path or str(source)).strip("/"), tarfile.REGTYPE, chosen, source=source.resolve()))
+        target = (path or str(source)).strip("/")
+        self._add(Entry(target, tarfile.REGTYPE, chosen, source=source.resolve(), owner=owner))
 
     def symlink(self, path: str, target: str) -> None:
         self._add(Entry(path.strip("/"), tarfile.SYMTYPE, 0o777, target=target))
@@ -93,16 +94,17 @@ class Layer:
         for library in _libraries(source):
             self.file(library)
 
-    def tree(self, source: Path) -> None:
-        """A folder of this machine with all that is in it; links stay links."""
+    def tree(self, source: Path, path: str = "", *, owner: int = 0) -> None:
+        """A folder of this machine with all that is in it, at the same path or another; links stay links."""
         for directory, names, files in os.walk(source):
-            self.directory(directory)
+            place = Path(path or source, os.path.relpath(directory, source))
+            self.directory(os.path.normpath(place), stat.S_IMODE(os.stat(directory).st_mode), owner)
             for name in sorted(names + files):
-                path = Path(directory, name)
-                if path.is_symlink():
-                    self.symlink(str(path), os.readlink(path))
-                elif path.is_file():
-                    self.file(path)
+                found, target = Path(directory, name), os.path.normpath(place / name)
+                if found.is_symlink():
+                    self.symlink(target, os.readlink(found))
+                elif found.is_file():
+                    self.file(found, target, owner=owner)
 
     def fingerprints(self) -> Iterator[str]:
         return (entry.fingerprint() for entry in self._entries.values())
@@ -142,6 +144,8 @@ class Recipe:
     user: str = ""
     stop_signal: str = ""
     ports: Sequence[str] = field(default=())  # "6379/tcp"
+    volumes: Sequence[str] = ()
+    """Folders that each container gets a copy of, on the node's disk and not in the image's layers: databases."""
 
     def config(self) -> dict[str, object]:
         """The image configuration's `config`."""
@@ -153,6 +157,7 @@ class Recipe:
             "User": self.user,
             **({"StopSignal": self.stop_signal} if self.stop_signal else {}),
             **({"ExposedPorts": {port: {} for port in self.ports}} if self.ports else {}),
+            **({"Volumes": {volume: {} for volume in self.volumes}} if self.volumes else {}),
         }
 
 
@@ -189,9 +194,13 @@ def _base() -> Layer:
         "/etc/passwd",
         "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/sh\n"
         "mysql:x:101:101:mysql:/var/lib/mysql:/bin/sh\nredis:x:102:102:redis:/data:/bin/sh\n"
+        "postgres:x:103:103:postgres:/var/lib/postgresql:/bin/sh\nmemcache:x:104:104:memcache:/:/bin/sh\n"
         "nobody:x:65534:65534:nobody:/:/bin/sh\n",
     )
-    layer.text("/etc/group", "root:x:0:\nwww-data:x:33:\nmysql:x:101:\nredis:x:102:\nnogroup:x:65534:\n")
+    layer.text(
+        "/etc/group",
+        "root:x:0:\nwww-data:x:33:\nmysql:x:101:\nredis:x:102:\npostgres:x:103:\nmemcache:x:104:\nnogroup:x:65534:\n",
+    )
     layer.text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n")
     return layer
 
@@ -249,6 +258,157 @@ def _nginx() -> list[Layer]:
     return [_base(), layer]
 
 
+_APACHE_CONF = """\
+ServerRoot /etc/apache2
+ServerName lab
+PidFile /run/apache2.pid
+Listen 80
+User www-data
+Group www-data
+{modules}
+# A few processes, as the official php image has them.
+StartServers 3
+MinSpareServers 2
+MaxSpareServers 5
+KeepAliveTimeout 3600
+MaxKeepAliveRequests 0
+ErrorLog /dev/stderr
+LogFormat "%h %l %u %t \\"%r\\" %>s %b" common
+CustomLog /dev/stdout common
+TypesConfig /etc/mime.types
+DirectoryIndex index.php index.html
+DocumentRoot /var/www
+<FilesMatch \\.php$>
+    SetHandler application/x-httpd-php
+</FilesMatch>
+"""
+
+
+def _apache() -> list[Layer]:
+    """Apache with PHP in its processes, as the official image has it."""
+    layer = Layer()
+    layer.program(Path("/usr/sbin/apache2"))
+    modules = {f"{name}_module": f"mod_{name}" for name in ("mpm_prefork", "authz_core", "dir", "mime")}
+    modules["php_module"] = _newest("/usr/lib/apache2/modules/libphp*.so").stem
+    for file in modules.values():
+        layer.program(Path(f"/usr/lib/apache2/modules/{file}.so"))
+    loaded = "\n".join(f"LoadModule {name} /usr/lib/apache2/modules/{file}.so" for name, file in modules.items())
+    layer.text("/etc/apache2/apache2.conf", _APACHE_CONF.format(modules=loaded))
+    layer.text("/etc/mime.types", "text/html html\ntext/plain txt\n")
+    layer.text("/var/www/index.html", "apache in the lab\n")
+    layer.text("/var/www/index.php", "<?php echo 'php in the lab: ', PHP_SAPI, \"\\n\";")
+    return [_base(), layer]
+
+
+def _memcached() -> list[Layer]:
+    layer = Layer()
+    layer.program(Path("/usr/bin/memcached"))
+    return [_base(), layer]
+
+
+def _newest(pattern: str) -> Path:
+    """The file of the highest version in its path. Raises LabError if none is there."""
+    found = sorted(Path("/").glob(pattern.lstrip("/")), key=lambda p: [int(n) for n in re.findall(r"\d+", str(p))])
+    if not found:
+        raise LabError(f"Cannot find {pattern}, which an image needs", "`make setup` installs what is missing")
+    return found[-1]
+
+
+def _initialised(name: str, program: Path, recipe: str, initialise: Callable[[Path], None]) -> Path:
+    """A database's first files, made once per `program` (as it is now) and `recipe` (the words that say how)."""
+    seen = program.stat()
+    made_of = f"{program}{seen.st_size}{seen.st_mtime_ns}{recipe}".encode()
+    target = CACHE / f"{name}-data-{hashlib.sha256(made_of).hexdigest()[:16]}"
+    if not target.exists():
+        # Their own users make them, and may not be able to look into the checkout.
+        with tempfile.TemporaryDirectory(prefix=f"criproxy-lab-{name}-") as place:
+            os.chmod(place, 0o711)
+            made = Path(place, "data")
+            made.mkdir(mode=0o700)
+            initialise(made)
+            unfinished = target.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(made, unfinished)
+        for old in CACHE.glob(f"{name}-data-{'?' * 16}"):
+            shutil.rmtree(old)
+        unfinished.rename(target)
+    return target
+
+
+def _as_user(number: int, directory: Path, *argv: str | Path) -> list[str | Path]:
+    """The command as a user without a name here, who owns the folder."""
+    os.chown(directory, number, number)
+    identity = [f"--reuid={number}", f"--regid={number}", "--clear-groups"]
+    return ["env", "-C", directory, "setpriv", *identity, "--", *argv]
+
+
+# Large enough for the lab, and quick to copy.
+_MARIADB_SIZES = ["--innodb-log-file-size=4M", "--innodb-buffer-pool-size=16M"]
+_MARIADB_USER = "CREATE USER lab IDENTIFIED BY 'lab';\nGRANT ALL ON *.* TO lab;\nCREATE DATABASE lab;\n"
+
+
+def _mariadb() -> list[Layer]:
+    program = Path("/usr/sbin/mariadbd")
+    share = _newest("/usr/share/m[ya][sr]*/*_system_tables.sql").parent
+    parts = [_newest(f"{share}/*_{part}.sql") for part in ("system_tables", "performance_tables", "system_tables_data")]
+
+    def initialise(directory: Path) -> None:
+        script = directory.with_name("script.sql")
+        # What mariadb-install-db does, which wants a program of another package. One statement a line.
+        begin = "CREATE DATABASE mysql;\nUSE mysql;\nSET @auth_root_socket=NULL, @skip_auth_anonymous=1;\n"
+        script.write_text(
+            begin + "\n".join([*(part.read_text() for part in parts), "FLUSH PRIVILEGES;", _MARIADB_USER])
+        )
+        server = (program, "--no-defaults", "--bootstrap", f"--datadir={directory}", *_MARIADB_SIZES)
+        run(["sh", "-c", 'script=$1; shift; "$@" <"$script"', "sh", script, *_as_user(101, directory, *server)])
+
+    layer = Layer()
+    layer.program(program)
+    layer.tree(share / "charsets")
+    layer.tree(share / "english")
+    layer.directory("/run/mysqld", owner=101)
+    data = Layer()
+    recipe = f"{_MARIADB_SIZES}{_MARIADB_USER}"
+    data.tree(_initialised("mariadb", program, recipe, initialise), "/var/lib/mysql", owner=101)
+    return [_base(), layer, data]
+
+
+_POSTGRESQL_INIT = ["--auth=trust", "--encoding=UTF8", "--locale=C", "--wal-segsize=1", "--no-sync"]
+_POSTGRESQL_CONF = """
+listen_addresses = '*'
+timezone = 'GMT'
+log_timezone = 'GMT'
+unix_socket_directories = '/run/postgresql'
+"""
+_POSTGRESQL_CLIENTS = "host all all 0.0.0.0/0 trust\nhost all all ::/0 trust\n"
+
+
+def _postgresql() -> list[Layer]:
+    home = _newest("/usr/lib/postgresql/*/bin/postgres").parent.parent
+    program = home / "bin" / "postgres"
+
+    def initialise(directory: Path) -> None:
+        run(_as_user(103, directory, home / "bin" / "initdb", "--username=lab", *_POSTGRESQL_INIT, directory))
+        for name, more in (("postgresql.conf", _POSTGRESQL_CONF), ("pg_hba.conf", _POSTGRESQL_CLIENTS)):
+            with (directory / name).open("a") as file:
+                file.write(more)
+
+    layer = Layer()
+    layer.program(program)
+    layer.symlink("/usr/bin/postgres", str(program))
+    # Not the compiler of expressions, which brings all of LLVM.
+    for library in sorted((home / "lib").glob("*.so")):
+        if library.stem in ("plpgsql", "dict_snowball"):
+            layer.program(library)
+    layer.tree(Path("/usr/share/postgresql", home.name, "timezonesets"))
+    layer.tree(Path("/usr/share/postgresql", home.name, "tsearch_data"))
+    layer.directory("/run/postgresql", owner=103)
+    data = Layer()
+    recipe = f"{_POSTGRESQL_INIT}{_POSTGRESQL_CONF}{_POSTGRESQL_CLIENTS}"
+    data.tree(_initialised("postgresql", program, recipe, initialise), "/var/lib/postgresql/data", owner=103)
+    return [_base(), layer, data]
+
+
 RECIPES: dict[str, Recipe] = {
     "pause": Recipe(_pause, entrypoint=["/pause"]),
     "busybox": Recipe(lambda: [_base()], command=["sh"]),
@@ -263,6 +423,34 @@ RECIPES: dict[str, Recipe] = {
         _nginx, entrypoint=["nginx"], command=["-g", "daemon off;"], stop_signal="SIGQUIT", ports=["80/tcp"]
     ),
     "hello": Recipe(_hello, entrypoint=["/hello"], ports=["8080/tcp"]),
+    "apache-php": Recipe(
+        _apache,
+        entrypoint=["apache2"],
+        command=["-d", "/etc/apache2", "-f", "apache2.conf", "-D", "FOREGROUND"],
+        directory="/var/www",
+        stop_signal="SIGWINCH",
+        ports=["80/tcp"],
+    ),
+    "mariadb": Recipe(
+        _mariadb,
+        entrypoint=["mariadbd"],
+        command=["--no-defaults", "--datadir=/var/lib/mysql", "--socket=/run/mysqld/mysqld.sock", *_MARIADB_SIZES],
+        directory="/var/lib/mysql",
+        user="mysql",
+        ports=["3306/tcp"],
+        volumes=["/var/lib/mysql"],
+    ),
+    "postgresql": Recipe(
+        _postgresql,
+        entrypoint=["postgres"],
+        command=["-D", "/var/lib/postgresql/data"],
+        directory="/var/lib/postgresql",
+        user="postgres",
+        stop_signal="SIGINT",
+        ports=["5432/tcp"],
+        volumes=["/var/lib/postgresql/data"],
+    ),
+    "memcached": Recipe(_memcached, entrypoint=["memcached"], user="memcache", ports=["11211/tcp"]),
 }
 # What every lab has from its start; others are imported when they are asked for.
 USUAL = ("pause", "busybox", "redis", "nginx", "hello")
