@@ -78,18 +78,18 @@ class Cgroup:
 
     def cpu_usage(self) -> float:
         """Processor time that was ever used in it, in seconds. It goes on counting over checkpoints."""
-        if folder := self._own("cpuacct"):
+        if folder := self.own("cpuacct"):
             return _number(folder / "cpuacct.usage") / 1e9
-        if folder := self._own(UNIFIED):
+        if folder := self.own(UNIFIED):
             return _number(folder / "cpu.stat", "usage_usec") / 1e6
         return 0.0
 
     def memory(self) -> int:
         """Bytes in use, but for file pages that are as good as free: the working set, as `kubectl top` shows it."""
-        if folder := self._own("memory"):
+        if folder := self.own("memory"):
             used = _number(folder / "memory.usage_in_bytes")
             free = _number(folder / "memory.stat", "total_inactive_file")
-        elif folder := self._own(UNIFIED):
+        elif folder := self.own(UNIFIED):
             used = _number(folder / "memory.current")
             free = _number(folder / "memory.stat", "inactive_file")
         else:
@@ -154,20 +154,29 @@ class Cgroup:
 
         Best effort, never an error. Blocks for 1 to 3 ms.
         """
-        if (folder := self._own("memory")) and _number(folder / "memory.usage_in_bytes") > keep:
+        if (folder := self.own("memory")) and _number(folder / "memory.usage_in_bytes") > keep:
             _write(folder / "memory.force_empty", "0")
-        elif (folder := self._own(UNIFIED)) and (excess := _number(folder / "memory.current") - keep) > 0:
+        elif (folder := self.own(UNIFIED)) and (excess := _number(folder / "memory.current") - keep) > 0:
             # The kernel takes what it can; EAGAIN says that this was less.
             _write(folder / "memory.reclaim", str(excess))
 
-    def _own(self, controller: str) -> Path | None:
+    def reclaim_all(self) -> list[tuple[Path, str]]:
+        """What to write where so that the kernel gives back all it can of the container's memory: file pages, and where
+        the node has swap, the rest as well. The writing takes seconds then, and answers EAGAIN or EBUSY in the end."""
+        if folder := self.own("memory"):
+            return [(folder / "memory.force_empty", "0")]
+        if (folder := self.own(UNIFIED)) and (used := _number(folder / "memory.current")):
+            return [(folder / "memory.reclaim", str(used))]
+        return []
+
+    def own(self, controller: str) -> Path | None:
         """The container's folder, if it has one of its own in that tree."""
         folder = self.folders.get(controller)
         return folder if folder not in self.roots else None
 
     def _processes(self) -> Path | None:
         """A folder that lists the container's processes and no others."""
-        return next((folder for controller in _FOR_PROCESSES if (folder := self._own(controller))), None)
+        return next((folder for controller in _FOR_PROCESSES if (folder := self.own(controller))), None)
 
     def _limits(self) -> list[_Limit]:
         """The limits to lift, the outer ones first."""
@@ -177,7 +186,7 @@ class Cgroup:
             (UNIFIED, "cpu.max", "max"),
             (UNIFIED, "memory.oom.group", "0"),
         ):
-            if (folder := self._own(controller)) is None:
+            if (folder := self.own(controller)) is None:
                 continue
             for level in (folder.parent, folder):
                 path = str(level / file)

@@ -95,6 +95,7 @@ def _as_json(container: api.ContainerStatus) -> dict[str, Any]:
         "container": container.container,
         "container_id": container.container_id,
         "state": container.state,
+        "tier": container.tier,
         "since": seconds("since"),
         "last_activity": seconds("last_activity"),
         "memory_bytes": optional("memory_bytes"),
@@ -107,20 +108,19 @@ def _as_json(container: api.ContainerStatus) -> dict[str, Any]:
     }
 
 
-_HEADINGS = tuple(
-    [
-        "NAMESPACE",
-        "POD",
-        "CONTAINER",
-        "STATE",
-        "SINCE",
-        "ACTIVITY",
-        "MEMORY",
-        "CHECKPOINT",
-        "CYCLES",
-        "RESTORE",
-        "REASON",
-    ]
+_HEADINGS = (
+    "NAMESPACE",
+    "POD",
+    "CONTAINER",
+    "STATE",
+    "TIER",
+    "SINCE",
+    "ACTIVITY",
+    "MEMORY",
+    "CHECKPOINT",
+    "CYCLES",
+    "RESTORE",
+    "REASON",
 )
 
 
@@ -138,6 +138,7 @@ def _row(container: dict[str, Any]) -> tuple[str, ...]:
         container["pod"],
         container["container"],
         container["state"],
+        container["tier"] or "-",
         _ago(container["since"]),
         _ago(container["last_activity"]),
         _size(container["memory_bytes"]),

@@ -2,7 +2,8 @@
 
 It alone owns the state. Everybody else sends it events (`wake`, `packet`, `exited`) or asks for it to stay
 awake (`awake`). What it does to the world goes through two collaborators, so that it can be tested without
-root: the `Workload` (processes, checkpoint) and the `Gate` (the container's share of its pod's network).
+root: the `Workload` (its processes) and the `Gate` (the container's share of its pod's network). How it is scaled
+down is the matter of a `scaledown.Method`: there may be several, of which the first that isn't refused does it.
 
     starting -> running -> parking -> checkpointing -> scaled_down -> restoring -> running
                    ^          |             |                             |
@@ -17,25 +18,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from criproxy.checkpoint import AttributesChanged, CheckpointError, RestoreError
 from criproxy.policy import Tier
+from criproxy.scaledown import Attempts, Method, Refused
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 0.25
 """How long parking waits for handshakes to end and accept queues to empty, while new SYNs are parked."""
 
-RESTORE_ATTEMPTS = 3
-LISTEN_SECONDS = 60.0
-"""How long packets stay parked for an application that was started afresh and doesn't listen yet."""
-
 BACKOFF_SECONDS = (5.0, 3600.0)
-"""After a checkpoint that failed: the first pause, doubled at each further failure, and the longest."""
+"""After a scale-down that failed: the first pause, doubled at each further failure, and the longest."""
 
 BUSY_POLL_SECONDS = (0.05, 1.0)
 """How soon a container that was idle but busy in another way is looked at again: its duration, within these."""
@@ -71,11 +68,15 @@ class Record:
     state: State = State.STARTING
     since: float = field(default_factory=time.time)
     reason: str = ""
-    """Why it isn't scaled down, when something other than activity is in the way."""
+    """Why it isn't scaled down, when something other than activity is in the way; or why it isn't in a better way."""
+    tier: str = ""
+    """A policy.Tier: how it is, or was last, scaled down; before that, how it would be. Empty if it can't be."""
     pid: int = 0
     """Of the container's init, on the host."""
     start_time: int = 0
     """Of that process (/proc/PID/stat, field 22), so that a recycled pid isn't taken for it."""
+    untouched: str = ""
+    """Why it can only be frozen, if that isn't what its pod asks for."""
     bundle: str = ""
     """The bundle's folder that is mounted into it; empty if it runs untouched."""
     slot: int | None = None
@@ -96,7 +97,7 @@ class Record:
 
 
 class Workload(Protocol):
-    """The container's processes. Paths, pids and CRIU are its business."""
+    """The container's processes, whichever way they are scaled down."""
 
     async def find(self) -> None:
         """Waits until the application runs (its main process exists)."""
@@ -107,27 +108,6 @@ class Workload(Protocol):
     def cpu_usage(self) -> float: ...
 
     def memory(self) -> int: ...
-
-    async def dump(self) -> int:
-        """Checkpoints the processes and ends them. Returns the size in bytes. Raises CheckpointError."""
-
-    async def restore(self) -> None:
-        """Raises RestoreError; what a failed attempt left is gone then."""
-
-    async def verify(self) -> None:
-        """Raises AttributesChanged if a restored thread's confinement isn't what it was."""
-
-    async def end(self) -> None:
-        """Ends the application and its processes, but not the container."""
-
-    async def start_afresh(self) -> None:
-        """Starts the container's command anew in the living container, after `end` or a failed restore."""
-
-    async def rescue(self) -> None:
-        """Whatever happened before: keeps the application if its processes are there, else starts it afresh."""
-
-    def discard(self) -> None:
-        """Deletes the checkpoint."""
 
 
 class Gate(Protocol):
@@ -163,16 +143,21 @@ class Container:
         gate: Gate,
         *,
         duration: float,
-        tier: Tier = Tier.CHECKPOINT,
+        methods: Sequence[Method],
         cpu_activity: float = 0.05,
         save: Callable[[Record], None],
     ) -> None:
-        """`duration`: seconds without activity before a scale-down, 0 = never. `cpu_activity`: share of a core."""
+        """`duration`: seconds without activity before a scale-down, 0 = never. `cpu_activity`: share of a core.
+
+        `methods`: how it may be scaled down, the best first.
+        """
         self.record = record
         self._workload = workload
         self._gate = gate
         self._duration = duration
-        self._tier = tier
+        self._attempts = [Attempts(method) for method in methods]
+        if not record.tier:
+            record.tier = self._attempts[0].method.tier.value
         self._cpu_activity = cpu_activity
         self._save = save
         self._changed = asyncio.Condition()
@@ -180,8 +165,6 @@ class Container:
         self._holders: list[str] = []
         self._active = time.monotonic()
         self._cpu_sample = (self._active, 0.0)
-        self._failures = 0
-        self._retry_at = 0.0
         self._task: asyncio.Task[None] | None = None
 
     # --- events --------------------------------------------------------------------------------------------
@@ -197,7 +180,8 @@ class Container:
     async def exited(self) -> None:
         """The container's init is gone: whatever was under way ends, and nothing is kept."""
         await self.close()
-        self._workload.discard()
+        for attempt in self._attempts:
+            attempt.method.discard()
         await self._enter(State.EXITED)
 
     async def close(self) -> None:
@@ -220,6 +204,20 @@ class Container:
             self._holders.remove(why)
             self._active = time.monotonic()
 
+    @contextlib.asynccontextmanager
+    async def ending(self, why: str) -> AsyncIterator[None]:
+        """The container is about to be killed. A frozen one is thawed for it, as with cgroup v1 it couldn't die, and
+        none is frozen meanwhile; one whose processes are in a checkpoint needn't come back for that."""
+        self._holders.append(why)
+        try:
+            if self._method.tier is Tier.FREEZE and self.record.state not in AWAKE:
+                self._wanted.set()
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self.record.state in AWAKE)
+            yield
+        finally:
+            self._holders.remove(why)
+
     # --- what others may know ------------------------------------------------------------------------------
 
     def last_activity(self) -> float:
@@ -230,8 +228,8 @@ class Container:
         return self._workload.memory()
 
     def reason(self) -> str:
-        """Why the container isn't scaled down, in a sentence for people; empty when it is."""
-        if self.record.state in (State.SCALED_DOWN, State.EXITED):
+        """Why the container isn't scaled down (or isn't in a better way), for people; empty when all is well."""
+        if self.record.state is State.EXITED:
             return ""
         if self.record.state is State.RUNNING:
             if self._duration == 0:
@@ -269,7 +267,7 @@ class Container:
             # A bug of ours must not take a container with it: it is left running and no longer touched.
             log.exception("%s: internal error, it is no longer scaled down", self)
             if self.record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
-                await self._workload.rescue()
+                await self._method.rescue()
             self._gate.open()
             self.record.reason = "internal error of criproxy, see its log"
             await self._enter(State.DISABLED)
@@ -296,7 +294,7 @@ class Container:
         self._wanted.clear()
         while True:
             now = time.monotonic()
-            due = max(self.last_activity() + self._duration, self._retry_at)
+            due = max(self.last_activity() + self._duration, min(a.retry_at for a in self._attempts))
             if due > now:
                 self._cpu_sample = (now, self._workload.cpu_usage())
                 await asyncio.sleep(due - now)
@@ -340,28 +338,40 @@ class Container:
         return True
 
     async def _scale_down(self) -> bool:
-        await self._enter(State.CHECKPOINTING)
+        reasons = [self.record.untouched] if self.record.untouched else []
+        for attempt in self._attempts:
+            if attempt.retry_at > time.monotonic():
+                reasons.append(attempt.refusal)
+                continue
+            if self._holders:
+                break  # somebody came meanwhile; one who waits for a failed checkpoint doesn't wait for a freeze too
+            if await self._down(attempt, reasons):
+                return True
+        self._gate.open()
+        await self._enter(State.RUNNING, "; ".join(reasons))
+        return False
+
+    async def _down(self, attempt: Attempts, reasons: list[str]) -> bool:
+        """Scales down in one of the ways; `reasons` are those of the ways before, and gets this one's."""
+        tier = attempt.method.tier
+        self.record.tier = tier.value
+        await self._enter(State.CHECKPOINTING, "; ".join(reasons))
         began = time.monotonic()
         try:
-            if self._tier is Tier.RESTART:
-                await self._workload.end()
-            else:
-                self.record.checkpoint_bytes = await self._workload.dump()
-        except CheckpointError as error:
-            pause = min(max(BACKOFF_SECONDS[0], self._duration) * 2**self._failures, BACKOFF_SECONDS[1])
-            self._failures += 1
-            self._retry_at = time.monotonic() + pause
-            log.warning("%s: checkpoint failed, it goes on running, next try in %.0f s: %s", self, pause, error)
-            self._gate.open()
-            await self._enter(State.RUNNING, f"checkpoint failed, next try in {pause:.0f} s: {error}")
+            self.record.checkpoint_bytes = await attempt.method.down()
+        except Refused as error:
+            pause = attempt.failed(str(error), max(BACKOFF_SECONDS[0], self._duration), BACKOFF_SECONDS[1])
+            log.warning("%s: %s failed, next try in %.0f s: %s", self, tier, pause, error)
+            attempt.refusal = f"{tier} failed, next try in {pause:.0f} s: {error}"
+            reasons.append(attempt.refusal)
             return False
-        self._failures = 0
+        attempt.worked()
         self.record.checkpoints += 1
         self.record.last_checkpoint_seconds = time.monotonic() - began
-        await self._enter(State.SCALED_DOWN)
+        await self._enter(State.SCALED_DOWN, "; ".join(reasons))
         log.info(
-            "%s: scaled down in %.0f ms, %.1f MiB",
-            self, self.record.last_checkpoint_seconds * 1e3, self.record.checkpoint_bytes / 2**20,
+            "%s: scaled down (%s) in %.0f ms, %.1f MiB",
+            self, tier, self.record.last_checkpoint_seconds * 1e3, self.record.checkpoint_bytes / 2**20,
         )  # fmt: skip
         return True
 
@@ -376,11 +386,7 @@ class Container:
         # A client waits, and the file takes 1 ms: it is written while CRIU works. Should we not live to do it, then
         # processes beside `scaled_down` tell whoever adopts the container the same as `restoring` does.
         await self._enter(State.RESTORING, soon=True)
-        reason = ""
-        if self._tier is Tier.RESTART:
-            await self._start_afresh()
-        else:
-            reason = await self._restore()
+        reason = await self._method.up()
         self._gate.open()
         self._active = time.monotonic()
         self.record.restores += 1
@@ -388,42 +394,16 @@ class Container:
         self.record.checkpoint_bytes = 0
         await self._enter(State.RUNNING, reason)
         log.info("%s: running again after %.1f ms", self, self.record.last_restore_seconds * 1e3)
-        if self._tier is not Tier.RESTART and not reason:
-            await self._verify()
-        self._workload.discard()
+        reason = await self._method.settle() or reason
+        if reason:
+            log.error("%s: %s", self, reason)
+            self.record.reason = reason
+        self._method.discard()
 
-    async def _verify(self) -> None:
-        """Off the way of the first packet: a restored process that may do more than before doesn't stay."""
-        try:
-            await self._workload.verify()
-        except AttributesChanged as error:
-            log.error("%s: ended and started afresh, state was lost: %s", self, error)
-            self._gate.park_all()
-            await self._workload.end()
-            await self._start_afresh()
-            self._gate.open()
-            self.record.reason = f"started afresh, its state was lost: {error}"
-
-    async def _restore(self) -> str:
-        """Returns what has to be told if the application had to be started afresh."""
-        for attempt in range(1, RESTORE_ATTEMPTS + 1):
-            try:
-                await self._workload.restore()
-                return ""
-            except RestoreError as error:
-                log.error("%s: restore failed (attempt %d of %d): %s", self, attempt, RESTORE_ATTEMPTS, error)
-                failure = str(error)
-        log.error("%s: started afresh, the state in the checkpoint is lost", self)
-        await self._start_afresh()
-        return f"started afresh, its state was lost: restore failed: {failure}"
-
-    async def _start_afresh(self) -> None:
-        await self._workload.start_afresh()
-        deadline = time.monotonic() + LISTEN_SECONDS
-        while (silent := self._gate.silent()) and time.monotonic() < deadline:
-            await asyncio.sleep(0.005)
-        if silent:
-            log.warning("%s: %s after %.0f s; parked packets are delivered all the same", self, silent, LISTEN_SECONDS)
+    @property
+    def _method(self) -> Method:
+        """The one that the container is, or was last, scaled down with."""
+        return next((a.method for a in self._attempts if a.method.tier == self.record.tier), self._attempts[0].method)
 
     def __str__(self) -> str:
         return f"{self.record.namespace}/{self.record.pod}/{self.record.name} ({self.record.id[:13]})"

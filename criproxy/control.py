@@ -86,6 +86,7 @@ def _container(member: Member) -> api.ContainerStatus:
         last_checkpoint_seconds=record.last_checkpoint_seconds,
         last_restore_seconds=record.last_restore_seconds,
         reason=record.reason,
+        tier=record.tier,
     )
     if member.container is not None:
         # Packets are timed by the kernel's monotonic clock, people want the time of day.

@@ -94,6 +94,9 @@ class Gate:
         flows = [s.flow for s in self._own_sockets() if s.connected]
         self._network.park(self._slot, Park.ALL, flows)
 
+    def sockets_stay(self) -> None:
+        self._network.sockets_stay(self._slot)
+
     def open(self) -> None:
         # While the hook still parks, replayed packets pass it by their mark: what came first is delivered first.
         while self._parked:

@@ -111,13 +111,13 @@ class Interceptors:
 
     async def stop_pod_sandbox(self, call: Call) -> bytes:
         request = cri.StopPodSandboxRequest.FromString(call.request)
-        response = await call.forward()
+        response = await self._killed(call, self._members(request.pod_sandbox_id))
         await self._shielded(self._node.stopped_sandbox(request.pod_sandbox_id))
         return response
 
     async def remove_pod_sandbox(self, call: Call) -> bytes:
         request = cri.RemovePodSandboxRequest.FromString(call.request)
-        response = await call.forward()
+        response = await self._killed(call, self._members(request.pod_sandbox_id))
         await self._shielded(self._node.removed_sandbox(request.pod_sandbox_id))
         return response
 
@@ -139,8 +139,13 @@ class Interceptors:
         try:
             response = await self._create_with_init(call, request, sandbox, record)
         except rewrite.Unsupported as error:
-            log.info("%s/%s/%s: runs untouched: %s", record.namespace, record.pod, record.name, error.reason)
-            record.state, record.reason, record.bundle = State.DISABLED, error.reason, ""
+            why = error.reason or "it is to be frozen"
+            log.info("%s/%s/%s: runs untouched: %s", record.namespace, record.pod, record.name, why)
+            record.bundle = ""
+            if error.freezable and sandbox.policy.tier in (policy.Tier.AUTO, policy.Tier.FREEZE):
+                record.untouched = error.reason
+            else:
+                record.state, record.reason = State.DISABLED, error.reason
             response = await call.forward(untouched)
         record.id = cri.CreateContainerResponse.FromString(response).container_id
         self._node.add_container(sandbox, record)
@@ -191,8 +196,10 @@ class Interceptors:
     async def stop_container(self, call: Call) -> bytes:
         request = cri.StopContainerRequest.FromString(call.request)
         member = self._node.member(request.container_id)
-        if member is None or member.container is None or request.timeout <= 0:
+        if member is None or member.container is None:
             return await self._ended(call, member)
+        if request.timeout <= 0:
+            return await self._killed(call, [member])
         # Awake first, so that the application gets its stop signal and can save its state in the grace period.
         async with member.container.awake("StopContainer"):
             delivery = asyncio.create_task(self._deliver_stop_signal(member))
@@ -211,9 +218,25 @@ class Interceptors:
 
     async def remove_container(self, call: Call) -> bytes:
         request = cri.RemoveContainerRequest.FromString(call.request)
-        response = await self._ended(call, self._node.member(request.container_id))
+        member = self._node.member(request.container_id)
+        response = await self._killed(call, [member] if member is not None else [])
         await self._shielded(self._node.removed_container(request.container_id))
         return response
+
+    async def _killed(self, call: Call, members: Sequence[Member]) -> bytes:
+        """The answer of containerd to a call that kills containers, when what follows their exits has been done."""
+        async with contextlib.AsyncExitStack() as stack:
+            for member in members:
+                if member.container is not None:
+                    await stack.enter_async_context(member.container.ending(call.name))
+            response = await call.forward()
+            for member in members:
+                await self._shielded(member.ended())
+            return response
+
+    def _members(self, sandbox_id: str) -> list[Member]:
+        sandbox = self._node.sandboxes.get(sandbox_id)
+        return list(sandbox.containers.values()) if sandbox is not None else []
 
     async def _ended(self, call: Call, member: Member | None) -> bytes:
         """The answer of containerd, when all that follows the container's exit has been done here too."""

@@ -37,7 +37,7 @@ from criproxy.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
 from criproxy.namespaces import in_network_namespace
 from criproxy.netlink import DIRECTIONS, Direction, Link, Netlink
 from criproxy.policy import Port
-from criproxy.sockets import Flow, Socket
+from criproxy.sockets import Flow, Socket, UnixSocket
 
 log = logging.getLogger(__name__)
 
@@ -362,6 +362,14 @@ class PodNetwork:
     def sockets(self, protos: Sequence[sockets.Proto] = sockets.PROTOS) -> list[Socket]:
         """All TCP and UDP sockets of the pod. Raises OSError."""
         return sockets.sockets(self._diag, protos)
+
+    def unix_sockets(self) -> list[UnixSocket]:
+        """All unix sockets that were made in the pod. Raises OSError."""
+        return sockets.unix(self._diag)
+
+    def sockets_stay(self, slot: int) -> None:
+        """The slot is in Park.ALL, and the kernel keeps its sockets: TCP packets without news pass (Park.WAKE)."""
+        self._maps["modes"].set(_U32.pack(_slot(slot)), _U32.pack(Park.WAKE))
 
     # --- the hook itself ---------------------------------------------------------------------------------------
 

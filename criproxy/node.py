@@ -10,10 +10,13 @@ from pathlib import Path
 
 from criproxy import cgroup, checkpoint, policy, processes
 from criproxy.bpf import BpfError
+from criproxy.cgroup import Cgroup
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Record, State
+from criproxy.freezer import Freezer
 from criproxy.network import NetworkError, PodNetwork
+from criproxy.policy import Tier
 from criproxy.runtime import CriError, Runtime
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
@@ -152,11 +155,7 @@ class Node:
                 member.save()
                 return
             cgroup.restore_limits(folder / "limits.json")
-            # What the record says was about to happen may or may not have happened: the processes tell.
-            tree = checkpoint.guard_pid(record.pid) is not None
-            if record.state is State.CHECKPOINTING and tree:
-                checkpoint.release(record.pid)
-            record.state = State.RUNNING if tree else State.SCALED_DOWN
+            record.state = _found(record)
             sandbox.start(member)
             log.info("%s/%s/%s: adopted, %s", record.namespace, record.pod, record.name, record.state)
 
@@ -178,3 +177,19 @@ class Node:
         draft = self._path(record.id).with_suffix(".new")
         draft.write_text(record.to_json())
         draft.replace(self._path(record.id))
+
+
+def _found(record: Record) -> State:
+    """The state of a container that an earlier daemon had. What its record says was about to happen may or may not
+    have happened: the freezer and the processes tell."""
+    freezer = Freezer(Cgroup.of(record.pid))
+    if record.tier == Tier.FREEZE and freezer.asked():
+        if freezer.frozen():
+            return State.SCALED_DOWN
+        freezer.thaw()
+    if not record.bundle:
+        return State.RUNNING
+    tree = checkpoint.guard_pid(record.pid) is not None
+    if record.state is State.CHECKPOINTING and tree:
+        checkpoint.release(record.pid)
+    return State.RUNNING if tree else State.SCALED_DOWN

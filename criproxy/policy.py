@@ -34,6 +34,9 @@ class PolicyError(Exception):
 class Tier(StrEnum):
     """What scaling down does with the processes."""
 
+    # A checkpoint where one is possible, else the freezer.
+    AUTO = "auto"
+    # Saved and ended; without a checkpoint the container stays up.
     CHECKPOINT = "checkpoint"
     # Ended, and started afresh at the wake.
     RESTART = "restart"
@@ -70,7 +73,7 @@ class Policy:
     duration: float = DEFAULT_DURATION
     container_names: frozenset[str] | None = None
     ports: Mapping[str, frozenset[Port]] = field(default_factory=dict)
-    tier: Tier = Tier.CHECKPOINT
+    tier: Tier = Tier.AUTO
     init: Init = Init.AUTO
     ignored: tuple[str, ...] = ()
 
@@ -276,8 +279,9 @@ TIER = Key(
     False,
     "`auto`, `checkpoint`, `freeze`",
     "`auto`",
-    "How a container is scaled down. The freezer isn't there yet: with `freeze` the container stays up, with that "
-    "reason, and `auto` is the checkpoint.",
+    "How a container is scaled down. `freeze`: its processes stay and are stopped by the kernel's cgroup freezer, and "
+    "their memory is reclaimed as far as the kernel allows (without swap, file pages only). `auto`: a checkpoint where "
+    "one is possible, else the freezer. `checkpoint`: a checkpoint, or the container stays up, with the reason.",
 )
 INIT = Key(
     "init",
@@ -285,8 +289,8 @@ INIT = Key(
     False,
     "`auto`, `always`, `never`",
     "`auto`",
-    "Whether PID 1 of the container becomes criproxy's init, without which there is no checkpoint. `auto`: unless the "
-    "image's entrypoint is known to insist on being PID 1 itself (s6-overlay, systemd).",
+    "Whether PID 1 of the container becomes criproxy's init, without which there is no checkpoint but the freezer. "
+    "`auto`: unless the image's entrypoint is known to insist on being PID 1 itself (s6-overlay, systemd).",
 )
 KEYS: tuple[Key[Any], ...] = (CONTAINER_NAMES, PORTS_MAP, SCALEDOWN_DURATION, DISABLE_CHECKPOINTING, TIER, INIT)
 
@@ -390,7 +394,7 @@ def _tier(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Tier:
         return Tier.FREEZE
     if tier is None and freeze is None and _read(DISABLE_CHECKPOINTING, {}, theirs):
         return Tier.RESTART
-    return Tier.CHECKPOINT
+    return Tier.CHECKPOINT if tier == "checkpoint" else Tier.AUTO
 
 
 # --- Docs ------------------------------------------------------------------------------------------------------

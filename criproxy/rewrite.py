@@ -26,11 +26,15 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Unsupported(Exception):
-    """The container must run untouched; `reason` says why, for `criproxy status`."""
+    """The container must run untouched; `reason` says why, for `criproxy status`.
 
-    def __init__(self, reason: str) -> None:
+    `freezable`: it can be scaled down all the same, by the freezer.
+    """
+
+    def __init__(self, reason: str, *, freezable: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.freezable = freezable
 
 
 # --- The handler `zeropod` --------------------------------------------------------------------------------------
@@ -159,8 +163,9 @@ def container(
     message = cri_pb2.CreateContainerRequest.FromString(request)
     config = message.config
     command = argv(config, entrypoint, cmd)
-    _check_policy(policy, command)
     _check_pod(config, runtime, handler)
+    _check_policy(policy, command)
+    _check_processes(config)
     _check_mounts(config, with_kdat=kdat is not None)
 
     _refuse_io_uring(config.linux.security_context, profiles, runtime, handler)
@@ -178,15 +183,14 @@ def container(
 def _check_policy(policy: Policy, command: Sequence[str]) -> None:
     if not command or not command[0]:
         raise Unsupported("neither the pod nor the image names a command")
-    if policy.init is Init.NEVER:
-        raise Unsupported("criproxy.io/init: never keeps criproxy's init out, and the freezer tier isn't there yet")
     if policy.tier is Tier.FREEZE:
-        raise Unsupported("it is to be frozen instead of checkpointed, and the freezer tier isn't there yet")
+        raise Unsupported("", freezable=True)  # as asked for
+    if policy.init is Init.NEVER:
+        raise Unsupported("criproxy.io/init: never keeps criproxy's init out", freezable=True)
     insisting = pid_1_only(command)
     if insisting and policy.init is Init.AUTO:
         raise Unsupported(
-            f"{insisting} must be PID 1 itself, and the freezer tier isn't there yet (criproxy.io/init: always if it "
-            "needn't be)"
+            f"{insisting} must be PID 1 itself (criproxy.io/init: always if it needn't be)", freezable=True
         )
 
 
@@ -222,24 +226,29 @@ def _base_name(path: str) -> str:
 
 
 def _check_pod(config: cri_pb2.ContainerConfig, runtime: Configuration | None, handler: str) -> None:
-    if config.tty:
-        raise Unsupported("it has a terminal (tty), which can't be checkpointed")
     namespaces = config.linux.security_context.namespace_options
+    # What can't be frozen either comes first.
+    if namespaces.network == cri_pb2.NODE:
+        raise Unsupported("it uses the host's network (hostNetwork), where packets can't be held back for it alone")
     if namespaces.pid == cri_pb2.NODE:
         raise Unsupported("it uses the host's PID namespace (hostPID)")
     if namespaces.pid == cri_pb2.TARGET:
         raise Unsupported("it uses another container's PID namespace, as ephemeral containers do")
-    # POD is what a request without namespace options means, too; crictl sends such.
-    if namespaces.pid != cri_pb2.CONTAINER:
-        raise Unsupported("its PID namespace is shared by the whole pod (shareProcessNamespace)")
-    if namespaces.network == cri_pb2.NODE:
-        raise Unsupported("it uses the host's network (hostNetwork), where packets can't be held back for it alone")
-    if namespaces.HasField("userns_options") and namespaces.userns_options.mode == cri_pb2.POD:
-        raise Unsupported("it has a user namespace (hostUsers: false)")
     if runtime is not None:
         found = runtime.runtime(handler)
         if found is not None and not found.is_runc:
             raise Unsupported(f"its runtime {found.type} isn't runc, and keeps processes out of the host's sight")
+
+
+def _check_processes(config: cri_pb2.ContainerConfig) -> None:
+    namespaces = config.linux.security_context.namespace_options
+    if config.tty:
+        raise Unsupported("it has a terminal (tty), which can't be checkpointed", freezable=True)
+    # POD is what a request without namespace options means, too; crictl sends such.
+    if namespaces.pid != cri_pb2.CONTAINER:
+        raise Unsupported("its PID namespace is shared by the whole pod (shareProcessNamespace)", freezable=True)
+    if namespaces.HasField("userns_options") and namespaces.userns_options.mode == cri_pb2.POD:
+        raise Unsupported("it has a user namespace (hostUsers: false)", freezable=True)
 
 
 def _check_mounts(config: cri_pb2.ContainerConfig, *, with_kdat: bool) -> None:
@@ -253,7 +262,7 @@ def _check_mounts(config: cri_pb2.ContainerConfig, *, with_kdat: bool) -> None:
         for path in ours:
             # Below: it would hide ours. Above: our mount point would be made in the pod's volume.
             if path.is_relative_to(theirs) or theirs.is_relative_to(path):
-                raise Unsupported(f"its volume at {mount.container_path} is where {path} has to be")
+                raise Unsupported(f"its volume at {mount.container_path} is where {path} has to be", freezable=True)
 
 
 # --- Seccomp ----------------------------------------------------------------------------------------------------

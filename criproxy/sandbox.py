@@ -15,8 +15,9 @@ from criproxy.config import Config
 from criproxy.container import Container, Record, State
 from criproxy.gate import Gate
 from criproxy.network import NetworkError, Parked, PodNetwork
-from criproxy.policy import Policy
-from criproxy.workload import Workload
+from criproxy.policy import Policy, Tier
+from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
+from criproxy.workload import Processes, Workload
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Sandbox:
         if record.slot is None:
             member.disable(f"more than {SLOTS} containers of one pod can't be scaled down")
             return
-        workload = Workload(record.pid, member.folder, self._criu, stop_signal=record.stop_signal)
+        workload = self._workload(member, self._network)
         gate = Gate(
             self._network,
             record.slot,
@@ -127,12 +128,27 @@ class Sandbox:
             workload,
             gate,
             duration=self.policy.duration,
-            tier=self.policy.tier,
+            methods=self._methods(workload, gate),
             cpu_activity=self._config.cpu_activity_percent / 100,
             save=lambda _: member.save(),
         )
         gate.on_wanted = container.packet
         member.live(container, workload, gate)
+
+    def _workload(self, member: Member, network: PodNetwork) -> Processes:
+        record = member.record
+        if not record.bundle:
+            return Processes(record.pid, network.unix_sockets)
+        return Workload(record.pid, network.unix_sockets, member.folder, self._criu, stop_signal=record.stop_signal)
+
+    def _methods(self, workload: Processes, gate: Gate) -> list[Method]:
+        if not isinstance(workload, Workload):
+            return [Freeze(workload, gate)]
+        if self.policy.tier is Tier.RESTART:
+            return [Restart(workload, gate)]
+        if self.policy.tier is Tier.CHECKPOINT:
+            return [Checkpoint(workload, gate)]
+        return [Checkpoint(workload, gate), Freeze(workload, gate)]
 
 
 class Member:
@@ -142,12 +158,12 @@ class Member:
         self.record = record
         self.folder = folder
         self.container: Container | None = None
-        self.workload: Workload | None = None
+        self.workload: Processes | None = None
         self.gate: Gate | None = None
         self._pidfd: int | None = None
         self._ending: asyncio.Task[None] | None = None
 
-    def live(self, container: Container, workload: Workload, gate: Gate) -> None:
+    def live(self, container: Container, workload: Processes, gate: Gate) -> None:
         self.container, self.workload, self.gate = container, workload, gate
         # The init's end is the container's end, whoever caused it; a pidfd tells it under every runtime version.
         self._pidfd = os.pidfd_open(self.record.pid)
@@ -156,7 +172,7 @@ class Member:
 
     def disable(self, reason: str) -> None:
         """The container runs without us; `reason` says why, for people."""
-        self.record.state, self.record.reason = State.DISABLED, reason
+        self.record.state, self.record.reason, self.record.tier = State.DISABLED, reason, ""
         self.save()
 
     def _init_ended(self) -> None:

@@ -47,6 +47,10 @@ _SOCK_DIAG_BY_FAMILY: Final = 20
 _INET_DIAG_INFO: Final = 2
 _REQUEST: Final = struct.Struct("=BBBxI48x")
 _ANSWER: Final = struct.Struct("=BBxx2s2s16s16s16xII4xI")
+_UNIX_REQUEST: Final = struct.Struct("=BBxxIII8x")
+_UNIX_ANSWER: Final = struct.Struct("=BBBxI8x")
+_UNIX_SHOW: Final = 1 | 2 | 4
+"""UDIAG_SHOW_NAME, _VFS, _PEER; the answer's attributes have the numbers 0, 1 and 2."""
 _LAST_DATA_SENT, _LAST_DATA_RECEIVED = 44, 52  # in struct tcp_info
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 
@@ -101,6 +105,39 @@ def sockets(diag: Netlink, protos: Sequence[Proto] = PROTOS) -> list[Socket]:
     """All sockets of the namespace that `diag` (a NETLINK_SOCK_DIAG socket) was made in. Raises OSError."""
     families = (socket.AF_INET, socket.AF_INET6)
     return [found for proto in protos for family in families for found in _dump(diag, proto, family)]
+
+
+@dataclass(frozen=True)
+class UnixSocket:
+    inode: int
+    """As in /proc/PID/fd; 0: it waits to be accepted."""
+    peer: int
+    """The inode of the other end, wherever that is; 0: none, or one that isn't accepted yet."""
+    listening: bool
+    name: str
+    """Its path as it was given to bind(2); `@…` for an abstract name; empty if it has none."""
+    device: tuple[int, int] | None
+    """Major and minor number of the file system that its path is in; None if it has none."""
+
+
+def unix(diag: Netlink) -> list[UnixSocket]:
+    """All unix sockets that were made in the namespace of `diag`. Raises OSError."""
+    body = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0xFFFFFFFF, 0, _UNIX_SHOW)
+    return [_unix(message) for message in diag.dump(_SOCK_DIAG_BY_FAMILY, body)]
+
+
+def _unix(message: bytes) -> UnixSocket:
+    _family, _kind, state, inode = _UNIX_ANSWER.unpack_from(message)
+    name, device, peer = "", None, 0
+    for kind, value in attributes(message[_UNIX_ANSWER.size :]):
+        if kind == 0:
+            name = value.rstrip(b"\0").replace(b"\0", b"@").decode(errors="replace")
+        elif kind == 1:
+            number = struct.unpack_from("=I", value, 4)[0]  # the kernel's own form of a device number
+            device = (number >> 20, number & 0xFFFFF)
+        elif kind == 2:
+            peer = struct.unpack_from("=I", value)[0]
+    return UnixSocket(inode, peer, STATES[state] == "LISTEN", name, device)
 
 
 def _dump(diag: Netlink, proto: Proto, family: int) -> Iterator[Socket]:

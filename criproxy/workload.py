@@ -1,17 +1,22 @@
-"""The processes of one container: where they are, what they use, and their checkpoint."""
+"""The processes of one container: where they are, what they use, how they are checkpointed or frozen."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from criproxy import checkpoint, processes
 from criproxy.cgroup import Cgroup
 from criproxy.checkpoint import Criu
+from criproxy.entanglement import entanglement
+from criproxy.freezer import Freezer
+from criproxy.sockets import UnixSocket
 
 log = logging.getLogger(__name__)
 
@@ -20,32 +25,30 @@ END_SECONDS = 10.0
 """How long an application may take to end after its stop signal before it is killed (tier restart)."""
 
 
-class Workload:
-    def __init__(self, init_pid: int, folder: Path, criu: Criu, *, stop_signal: str = "SIGTERM") -> None:
-        """`init_pid`: the container's PID 1 on the host. `folder`: the container's own in the state directory."""
+class Processes:
+    """The processes of any container, also of one that runs untouched: all in its cgroup. They can be frozen."""
+
+    def __init__(self, init_pid: int, unix_sockets: Callable[[], list[UnixSocket]]) -> None:
+        """`init_pid`: the container's first process, on the host. `unix_sockets` tells those of its pod."""
         self.init_pid = init_pid
-        self._criu = criu
-        self._images = folder / "checkpoint"
-        self._limits = folder / "limits.json"
-        self._stop_signal = stop_signal
         self._cgroup = Cgroup.of(init_pid)
+        self._freezer = Freezer(self._cgroup)
+        self._unix_sockets = unix_sockets
 
     async def find(self) -> None:
-        deadline = time.monotonic() + FIND_SECONDS
-        while checkpoint.application_pid(self.init_pid) is None and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        """They are there as soon as the container is."""
 
-    # --- what it is doing ----------------------------------------------------------------------------------
+    # --- what they are doing -------------------------------------------------------------------------------
 
     def visitors(self) -> str | None:
-        own = {self.init_pid, *self._tree()}
+        own = set(self._own())
         for pid in self._cgroup.procs():
             if pid not in own and (name := processes.name(pid)):
                 return f'"{name}" (pid {pid}) was started in the container from outside (exec)'
         return None
 
     def socket_inodes(self) -> set[int]:
-        return processes.socket_inodes(self._tree())
+        return processes.socket_inodes(self._own())
 
     def cpu_usage(self) -> float:
         return self._cgroup.cpu_usage()
@@ -53,9 +56,76 @@ class Workload:
     def memory(self) -> int:
         return self._cgroup.memory()
 
-    def _tree(self) -> list[int]:
+    def out_of_reach(self) -> int | None:
+        """The application's pid if the one who gets the stop signal may not pass it on; None if all is well."""
+        return None
+
+    @staticmethod
+    def signal(pid: int, name: str) -> None:
+        os.kill(pid, signal.Signals[name])
+
+    def _own(self) -> list[int]:
+        """Init, what it has started, and what was left to its PID namespace's init (the pod's, where it is shared)."""
+        everyone = set(self._cgroup.procs())
+        below: dict[int, list[int]] = {}
+        found: list[int] = []
+        for pid in everyone:
+            with contextlib.suppress(ProcessLookupError):
+                parent = processes.parent(pid)
+                if pid != self.init_pid and parent in everyone:
+                    below.setdefault(parent, []).append(pid)
+                elif pid == self.init_pid or (parent > 0 and processes.ns_pid(parent) == 1):
+                    found.append(pid)
+        for pid in found:
+            found += below.get(pid, [])
+        return found
+
+    # --- what is done to them ------------------------------------------------------------------------------
+
+    def entangled(self) -> str | None:
+        return entanglement(self.init_pid, self._cgroup.procs(), self._unix_sockets())
+
+    async def freeze(self) -> None:
+        await self._freezer.freeze()
+
+    def thaw(self) -> None:
+        self._freezer.thaw()
+
+
+class Workload(Processes):
+    """The processes of a container whose PID 1 is our init. They can be checkpointed, too."""
+
+    def __init__(
+        self,
+        init_pid: int,
+        unix_sockets: Callable[[], list[UnixSocket]],
+        folder: Path,
+        criu: Criu,
+        *,
+        stop_signal: str = "SIGTERM",
+    ) -> None:
+        """`folder`: the container's own in the state directory."""
+        super().__init__(init_pid, unix_sockets)
+        self._criu = criu
+        self._images = folder / "checkpoint"
+        self._limits = folder / "limits.json"
+        self._stop_signal = stop_signal
+
+    async def find(self) -> None:
+        deadline = time.monotonic() + FIND_SECONDS
+        while checkpoint.application_pid(self.init_pid) is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def out_of_reach(self) -> int | None:
+        """The application's pid if its init may not signal it (another user, no CAP_KILL), else None."""
+        application = checkpoint.application_pid(self.init_pid)
+        if application is None or checkpoint.may_signal(self.init_pid, application):
+            return None
+        return application
+
+    def _own(self) -> list[int]:
         guard = checkpoint.guard_pid(self.init_pid)
-        return [] if guard is None else processes.tree(guard)
+        return [self.init_pid, *([] if guard is None else processes.tree(guard))]
 
     # --- what is done to it --------------------------------------------------------------------------------
 
@@ -91,17 +161,6 @@ class Workload:
             await self.start_afresh()
         else:
             checkpoint.release(self.init_pid)
-
-    def out_of_reach(self) -> int | None:
-        """The application's pid if its init may not signal it (another user, no CAP_KILL), else None."""
-        application = checkpoint.application_pid(self.init_pid)
-        if application is None or checkpoint.may_signal(self.init_pid, application):
-            return None
-        return application
-
-    @staticmethod
-    def signal(pid: int, name: str) -> None:
-        os.kill(pid, signal.Signals[name])
 
     def discard(self) -> None:
         checkpoint.discard(self._images)

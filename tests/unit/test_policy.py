@@ -52,7 +52,7 @@ class TestOptIn:
 
     def test_the_handler_alone_opts_in_with_zeropods_defaults(self) -> None:
         result = parse({}, "zeropod")
-        assert result == Policy(duration=60.0, container_names=None, ports={}, tier=Tier.CHECKPOINT)
+        assert result == Policy(duration=60.0, container_names=None, ports={}, tier=Tier.AUTO)
         assert result.covers("any")
 
     @pytest.mark.parametrize("prefix", ["criproxy.io/", "zeropod.ctrox.dev/"])
@@ -116,7 +116,7 @@ class TestPrefixes:
     def test_keys_of_ours_alone_mean_nothing_under_zeropods_prefix(self) -> None:
         result = parse({"zeropod.ctrox.dev/tier": "freeze"}, "zeropod")
         assert result is not None
-        assert result.tier is Tier.CHECKPOINT
+        assert result.tier is Tier.AUTO
         assert result.ignored == ("zeropod.ctrox.dev/tier",)
 
 
@@ -275,7 +275,7 @@ class TestTier:
 
     @pytest.mark.parametrize("value", ["0", "f", "F", "FALSE", "false", "False"])
     def test_false_as_go_knows_it(self, value: str) -> None:
-        assert policy(disable_checkpointing=value).tier is Tier.CHECKPOINT
+        assert policy(disable_checkpointing=value).tier is Tier.AUTO
 
     def test_anything_else_isnt_a_boolean(self) -> None:
         assert '"yes" is neither "true" nor "false"' in refusal({"criproxy.io/disable-checkpointing": "yes"})
@@ -283,9 +283,9 @@ class TestTier:
     @pytest.mark.parametrize(
         ("ours", "expected"),
         [
-            ({"disable-checkpointing": "false"}, Tier.CHECKPOINT),
+            ({"disable-checkpointing": "false"}, Tier.AUTO),
             ({"disable-checkpointing": "true"}, Tier.FREEZE),
-            ({"tier": "auto"}, Tier.CHECKPOINT),
+            ({"tier": "auto"}, Tier.AUTO),
             ({"tier": "checkpoint"}, Tier.CHECKPOINT),
             ({"tier": "freeze"}, Tier.FREEZE),
             ({"tier": "auto", "disable-checkpointing": "true"}, Tier.FREEZE),

@@ -244,6 +244,32 @@ class TestContainer:
             rewritten(request(change))
         assert reason in caught.value.reason
 
+    @pytest.mark.parametrize(
+        ("change", "freezable"),
+        [
+            (lambda c: c.command.extend(["/sbin/init"]), True),
+            (lambda c: setattr(c, "tty", True), True),
+            (lambda c: setattr(namespaces(c), "pid", cri.POD), True),
+            (lambda c: namespaces(c).userns_options.SetInParent(), True),
+            (lambda c: mount(c, "/run"), True),
+            (lambda c: setattr(namespaces(c), "pid", cri.NODE), False),
+            (lambda c: setattr(namespaces(c), "pid", cri.TARGET), False),
+            (lambda c: setattr(namespaces(c), "network", cri.NODE), False),
+            (lambda c: c.command.extend([""]), False),
+        ],
+    )
+    def test_what_can_be_frozen_all_the_same(
+        self, change: Callable[[cri.ContainerConfig], None], freezable: bool, rewritten: Callable[..., Request]
+    ) -> None:
+        with pytest.raises(Unsupported) as caught:
+            rewritten(request(change))
+        assert caught.value.freezable is freezable
+
+    def test_what_cant_be_frozen_is_told_first(self, rewritten: Callable[..., Request]) -> None:
+        with pytest.raises(Unsupported, match="hostNetwork") as caught:
+            rewritten(request(lambda c: setattr(namespaces(c), "network", cri.NODE)), policy=Policy(tier=Tier.FREEZE))
+        assert not caught.value.freezable
+
     @pytest.mark.parametrize("path", ["/runs", "/run/app", "/var/run/app", "/.criproxy2", "/var", "/data"])
     def test_volumes_elsewhere_are_fine(self, path: str, rewritten: Callable[..., Request]) -> None:
         assert rewritten(request(lambda config: mount(config, path)))
@@ -263,9 +289,10 @@ class TestContainer:
         with pytest.raises(Unsupported, match=r"io\.containerd\.kata\.v2 isn't runc"):
             rewritten(request(), runtime=runtime, handler="kata")
 
-    def test_policies_that_keep_it_up(self, rewritten: Callable[..., Request]) -> None:
-        with pytest.raises(Unsupported, match="freezer tier isn't there yet"):
+    def test_policies_that_leave_it_untouched(self, rewritten: Callable[..., Request]) -> None:
+        with pytest.raises(Unsupported) as caught:
             rewritten(request(), policy=Policy(tier=Tier.FREEZE))
+        assert (caught.value.reason, caught.value.freezable) == ("", True)
         with pytest.raises(Unsupported, match=r"criproxy\.io/init: never"):
             rewritten(request(), policy=Policy(init=Init.NEVER))
         assert rewritten(request(), policy=Policy(tier=Tier.RESTART))

@@ -1,0 +1,236 @@
+"""The ways in which a container is scaled down and brought back; the state machine knows them as `Method` alone.
+
+    checkpoint   CRIU saves the processes and ends them; they are restored. The usual one.
+    restart      the application is ended, and started afresh (zeropod's `disable-checkpointing`)
+    freeze       the processes stay and stop, their memory is reclaimed; for whatever can't be checkpointed
+
+When a method's `down()` is called, the container's gate parks all packets; after `up()` the state machine opens it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from criproxy.checkpoint import AttributesChanged, CheckpointError, RestoreError
+from criproxy.freezer import FreezeError
+from criproxy.policy import Tier
+
+log = logging.getLogger(__name__)
+
+RESTORE_ATTEMPTS = 3
+LISTEN_SECONDS = 60.0
+"""How long packets stay parked for an application that was started afresh and doesn't listen yet."""
+
+
+class Refused(Exception):
+    """The container can't be scaled down in this way (now), and goes on as before. Why, for people."""
+
+
+class Method(Protocol):
+    @property
+    def tier(self) -> Tier: ...
+
+    async def down(self) -> int:
+        """Returns the bytes that are kept on disk. Raises Refused; then the application goes on."""
+
+    async def up(self) -> str:
+        """Brings the application back, whatever it takes. Returns what a person has to be told (state was lost)."""
+
+    async def settle(self) -> str:
+        """What is left to do when packets flow again. Returns what a person has to be told."""
+
+    async def rescue(self) -> None:
+        """After an error of ours: the application runs, whatever happened before."""
+
+    def discard(self) -> None:
+        """The container runs or is gone: what was kept is deleted."""
+
+
+class Workload(Protocol):
+    """What the methods with our init as the container's PID 1 need of it. Paths, pids and CRIU are its business."""
+
+    async def dump(self) -> int:
+        """Checkpoints the processes and ends them. Returns the size in bytes. Raises CheckpointError."""
+
+    async def restore(self) -> None:
+        """Raises RestoreError; what a failed attempt left is gone then."""
+
+    async def verify(self) -> None:
+        """Raises AttributesChanged if a restored thread's confinement isn't what it was."""
+
+    async def end(self) -> None:
+        """Ends the application and its processes, but not the container."""
+
+    async def start_afresh(self) -> None:
+        """Starts the container's command anew in the living container, after `end` or a failed restore."""
+
+    async def rescue(self) -> None:
+        """Whatever happened before: keeps the application if its processes are there, else starts it afresh."""
+
+    def discard(self) -> None:
+        """Deletes the checkpoint."""
+
+
+class Freezable(Protocol):
+    """What freezing needs of a container; any has it, also one that runs untouched."""
+
+    def entangled(self) -> str | None:
+        """Who outside of the container would hang while it is frozen, other than by packets, in words, or None."""
+
+    async def freeze(self) -> None:
+        """Raises FreezeError; then it isn't frozen."""
+
+    def thaw(self) -> None: ...
+
+
+class Gate(Protocol):
+    """What the methods need of the container's share of its pod's network."""
+
+    def silent(self) -> str | None:
+        """Why no packet could wake the container: it doesn't listen (yet), or None."""
+
+    def park_all(self) -> None:
+        """From now on every packet for the container is parked."""
+
+    def sockets_stay(self) -> None:
+        """After `park_all`: what carries no news (acknowledgements, keep-alives) passes, for the kernel answers it."""
+
+    def open(self) -> None:
+        """Delivers what is parked, in order, and lets everything pass."""
+
+
+class Restart:
+    tier = Tier.RESTART
+
+    def __init__(self, workload: Workload, gate: Gate) -> None:
+        self._workload = workload
+        self._gate = gate
+
+    async def down(self) -> int:
+        try:
+            await self._workload.end()
+        except CheckpointError as error:
+            raise Refused(str(error)) from error
+        return 0
+
+    async def up(self) -> str:
+        await self._start_afresh()
+        return ""
+
+    async def settle(self) -> str:
+        return ""
+
+    async def rescue(self) -> None:
+        await self._workload.rescue()
+
+    def discard(self) -> None:
+        self._workload.discard()
+
+    async def _start_afresh(self) -> None:
+        await self._workload.start_afresh()
+        deadline = time.monotonic() + LISTEN_SECONDS
+        while (silent := self._gate.silent()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        if silent:
+            log.warning("%s after %.0f s; parked packets are delivered all the same", silent, LISTEN_SECONDS)
+
+
+class Checkpoint(Restart):
+    """Where a restore fails for good, or gives the application more rights than it had, it is a restart after all."""
+
+    tier = Tier.CHECKPOINT
+
+    def __init__(self, workload: Workload, gate: Gate) -> None:
+        super().__init__(workload, gate)
+        self._afresh = False
+
+    async def down(self) -> int:
+        try:
+            return await self._workload.dump()
+        except CheckpointError as error:
+            raise Refused(str(error)) from error
+
+    async def up(self) -> str:
+        self._afresh = False
+        for attempt in range(1, RESTORE_ATTEMPTS + 1):
+            try:
+                await self._workload.restore()
+                return ""
+            except RestoreError as error:
+                log.error("restore failed (attempt %d of %d): %s", attempt, RESTORE_ATTEMPTS, error)
+                failure = str(error)
+        await self._start_afresh()
+        self._afresh = True
+        return f"started afresh, its state was lost: restore failed: {failure}"
+
+    async def settle(self) -> str:
+        """Off the way of the first packet: a restored process that may do more than before doesn't stay."""
+        if self._afresh:
+            return ""
+        try:
+            await self._workload.verify()
+        except AttributesChanged as error:
+            self._gate.park_all()
+            await self._workload.end()
+            await self._start_afresh()
+            self._gate.open()
+            return f"started afresh, its state was lost: {error}"
+        return ""
+
+
+class Freeze:
+    tier = Tier.FREEZE
+
+    def __init__(self, workload: Freezable, gate: Gate) -> None:
+        self._workload = workload
+        self._gate = gate
+
+    async def down(self) -> int:
+        if (why := self._workload.entangled()) is not None:
+            raise Refused(why)
+        try:
+            await self._workload.freeze()
+        except FreezeError as error:
+            raise Refused(str(error)) from error
+        # The application's own keep-alives would end a connection whose peer's answers they don't see.
+        self._gate.sockets_stay()
+        return 0
+
+    async def up(self) -> str:
+        self._workload.thaw()
+        return ""
+
+    async def settle(self) -> str:
+        return ""
+
+    async def rescue(self) -> None:
+        self._workload.thaw()
+
+    def discard(self) -> None:
+        pass
+
+
+class Attempts:
+    """A method, and how often it was refused lately: each time it is left alone for longer."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.refusal = ""
+        """Why it was refused when it was tried last; empty when it worked."""
+        self.retry_at = 0.0
+        """time.monotonic() from which it may be tried again."""
+        self._failures = 0
+
+    def failed(self, reason: str, first: float, longest: float) -> float:
+        """Returns for how many seconds it is left alone: `first`, and twice as long at each further refusal."""
+        pause = min(first * 2.0**self._failures, longest)
+        self._failures += 1
+        self.refusal = reason
+        self.retry_at = time.monotonic() + pause
+        return pause
+
+    def worked(self) -> None:
+        self.refusal, self.retry_at, self._failures = "", 0.0, 0
