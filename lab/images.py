@@ -335,7 +335,7 @@ def _initialised(name: str, program: Path, recipe: str, initialise: Callable[[Pa
     return target
 
 
-def _as_user(number: int, directory: Path, *argv: str | Path) -> list[str | Path]:
+def _as_user(number: int, directory: Path, *argv: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
     """The command as a user without a name here, who owns the folder."""
     os.chown(directory, number, number)
     identity = [f"--reuid={number}", f"--regid={number}", "--clear-groups"]
@@ -359,8 +359,9 @@ def _mariadb() -> list[Layer]:
         script.write_text(
             begin + "\n".join([*(part.read_text() for part in parts), "FLUSH PRIVILEGES;", _MARIADB_USER])
         )
-        server = (program, "--no-defaults", "--bootstrap", f"--datadir={directory}", *_MARIADB_SIZES)
-        run(["sh", "-c", 'script=$1; shift; "$@" <"$script"', "sh", script, *_as_user(101, directory, *server)])
+        options = ["--no-defaults", "--bootstrap", f"--datadir={directory}", *_MARIADB_SIZES]
+        server = _as_user(101, directory, program, *options)
+        run(["sh", "-c", 'script=$1; shift; "$@" <"$script"', "sh", script, *server])
 
     layer = Layer()
     layer.program(program)
