@@ -166,7 +166,9 @@ class Node:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _sandbox(self, record: SandboxRecord) -> Sandbox:
-        parsed = policy.parse(record.annotations, record.runtime_handler)
+        parsed = policy.parse(
+            record.annotations, record.runtime_handler, default_duration=self._config.scaledown_duration
+        )
         assert parsed is not None  # it opted in, or there were no record
         return Sandbox(record, parsed, self._config, self._criu, self._pins / record.id)
 
