@@ -242,9 +242,16 @@ http {
         listen 80;
         listen [::]:80;
         root /var/www;
+        # Clients' connections may stay for as long as they like.
+        keepalive_timeout 3600;
+        keepalive_requests 1000000;
     }
 }
 """
+
+
+# More than fits into a segment or a socket's buffer.
+LARGE_PAGE = "".join(f"line {number} of a large page\n" for number in range(10_000))
 
 
 def _nginx() -> list[Layer]:
@@ -255,6 +262,7 @@ def _nginx() -> list[Layer]:
     for directory in ("/var/lib/nginx", "/var/log/nginx"):
         layer.directory(directory, owner=33)
     layer.text("/var/www/index.html", "nginx in the lab\n")
+    layer.text("/var/www/large.txt", LARGE_PAGE)
     return [_base(), layer]
 
 
@@ -344,6 +352,8 @@ def _as_user(number: int, directory: Path, *argv: str | os.PathLike[str]) -> lis
 
 # Large enough for the lab, and quick to copy.
 _MARIADB_SIZES = ["--innodb-log-file-size=4M", "--innodb-buffer-pool-size=16M"]
+# As in the official image: no name server is asked before a client is greeted.
+_MARIADB_OPTIONS = [*_MARIADB_SIZES, "--skip-name-resolve"]
 _MARIADB_USER = "CREATE USER lab IDENTIFIED BY 'lab';\nGRANT ALL ON *.* TO lab;\nCREATE DATABASE lab;\n"
 
 
@@ -435,7 +445,7 @@ RECIPES: dict[str, Recipe] = {
     "mariadb": Recipe(
         _mariadb,
         entrypoint=["mariadbd"],
-        command=["--no-defaults", "--datadir=/var/lib/mysql", "--socket=/run/mysqld/mysqld.sock", *_MARIADB_SIZES],
+        command=["--no-defaults", "--datadir=/var/lib/mysql", "--socket=/run/mysqld/mysqld.sock", *_MARIADB_OPTIONS],
         directory="/var/lib/mysql",
         user="mysql",
         ports=["3306/tcp"],
