@@ -96,6 +96,7 @@ class FakeGate:
         self.handshake: str | None = None
         self.quiet_reason: str | None = None
         self.packets = 0
+        self.on_park_new: Callable[[], None] = lambda: None
         self.on_park_all: Callable[[], None] = lambda: None
 
     def last_activity(self) -> float:
@@ -103,6 +104,7 @@ class FakeGate:
 
     def park_new(self) -> None:
         self.log.append("park_new")
+        self.on_park_new()
 
     def park_all(self) -> None:
         self.log.append("park_all")
@@ -266,12 +268,28 @@ async def test_packets_during_the_dump_wake_at_once(make: Make) -> None:
     await eventually(lambda: f.record.restores == 1)
 
 
-async def test_a_handshake_aborts_the_parking(make: Make) -> None:
+async def test_a_handshake_keeps_the_gate_open(make: Make) -> None:
     f = make()
-    f.gate.handshake = "a handshake on port 80 is under way"
+    f.gate.handshake = "a connection to port 80 waits to be accepted"
+    await eventually(lambda: f.container.reason() == f.gate.handshake)
+    await asyncio.sleep(2 * DURATION)
+    # To park is to hold up everybody else who connects.
+    assert "park_new" not in f.log
+    f.gate.handshake = None
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_a_handshake_meanwhile_aborts_the_parking(make: Make) -> None:
+    f = make()
+
+    def begin() -> None:
+        f.gate.handshake = "a handshake on port 80 is under way"
+
+    f.gate.on_park_new = begin
     await eventually(lambda: "open" in f.log)
     assert "park_all" not in f.log
     assert "dump" not in f.log
+    f.gate.on_park_new = lambda: None
     f.gate.handshake = None
     await f.until(State.SCALED_DOWN)
 
