@@ -317,8 +317,8 @@ class Container:
         if share > self._cpu_activity:
             self._active = now
             return f"uses {share:.0%} of a core (more than {self._cpu_activity:.0%} counts as activity)"
-        # What is unsettled may stay so (an accept queue that nobody empties, a client that is gone): looked at before the
-        # gate is shut for new connections, not by shutting it again and again.
+        # What is unsettled may stay so (an accept queue that nobody empties, a client that is gone): it is looked at
+        # before the gate is shut for new connections, not by shutting it again and again.
         return self._workload.visitors() or self._gate.silent() or self._gate.unsettled()
 
     async def _park(self) -> bool:

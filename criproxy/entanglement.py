@@ -28,7 +28,7 @@ def entanglement(init_pid: int, pids: Iterable[int], sockets: Iterable[UnixSocke
     for one in sockets:
         if one.inode not in own:
             continue
-        if one.peer and one.peer not in own:
+        if one.waiting or (one.peer and one.peer not in own):
             return f"it has a unix socket connected to a process outside of it{_named(one)}"
         if one.listening and one.device is not None and one.device not in private:
             return f"it listens on a unix socket in a volume{_named(one)}, and a connection there couldn't wake it"

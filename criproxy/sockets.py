@@ -51,6 +51,7 @@ _UNIX_REQUEST: Final = struct.Struct("=BBxxIII8x")
 _UNIX_ANSWER: Final = struct.Struct("=BBBxI8x")
 _UNIX_SHOW: Final = 1 | 2 | 4
 """UDIAG_SHOW_NAME, _VFS, _PEER; the answer's attributes have the numbers 0, 1 and 2."""
+_UNIX_SHUTDOWN: Final = 6
 _LAST_DATA_SENT, _LAST_DATA_RECEIVED = 44, 52  # in struct tcp_info
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 
@@ -118,6 +119,8 @@ class UnixSocket:
     """Its path as it was given to bind(2); `@…` for an abstract name; empty if it has none."""
     device: tuple[int, int] | None
     """Major and minor number of the file system that its path is in; None if it has none."""
+    waiting: bool = False
+    """It is connected to one that isn't accepted yet, by whomever."""
 
 
 def unix(diag: Netlink) -> list[UnixSocket]:
@@ -128,7 +131,7 @@ def unix(diag: Netlink) -> list[UnixSocket]:
 
 def _unix(message: bytes) -> UnixSocket:
     _family, _kind, state, inode = _UNIX_ANSWER.unpack_from(message)
-    name, device, peer = "", None, 0
+    name, device, peer, shut = "", None, 0, 0
     for kind, value in attributes(message[_UNIX_ANSWER.size :]):
         if kind == 0:
             name = value.rstrip(b"\0").replace(b"\0", b"@").decode(errors="replace")
@@ -137,7 +140,11 @@ def _unix(message: bytes) -> UnixSocket:
             device = (number >> 20, number & 0xFFFFF)
         elif kind == 2:
             peer = struct.unpack_from("=I", value)[0]
-    return UnixSocket(inode, peer, STATES[state] == "LISTEN", name, device)
+        elif kind == _UNIX_SHUTDOWN:
+            shut = value[0]
+    # An end that is gone has no inode either, and has shut both directions.
+    waiting = STATES[state] == "ESTABLISHED" and not peer and not shut
+    return UnixSocket(inode, peer, STATES[state] == "LISTEN", name, device, waiting)
 
 
 def _dump(diag: Netlink, proto: Proto, family: int) -> Iterator[Socket]:

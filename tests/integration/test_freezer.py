@@ -171,6 +171,22 @@ def test_a_unix_socket_to_somebody_outside() -> None:
             assert entanglement(pid, [pid, os.getpid()], sockets.unix(diag)) is None
 
 
+def test_a_unix_socket_that_somebody_outside_will_accept() -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as one:
+        listener.bind(f"\0criproxy-test-{os.getpid()}")
+        listener.listen()
+        one.connect(listener.getsockname())
+        with holding(one) as pid:
+            assert "connected to a process outside" in (entangled(pid) or "")
+
+
+def test_a_unix_socket_whose_other_end_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with holding(theirs) as pid:
+        assert entangled(pid) is None
+
+
 def test_a_unix_socket_in_a_volume() -> None:
     for path, reason in ((f"/dev/shm/criproxy-test-{os.getpid()}", "in a volume (/dev/shm/"), ("\0criproxy-test", "")):
         one = socket.socket(socket.AF_UNIX)
