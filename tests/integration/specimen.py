@@ -1,0 +1,232 @@
+"""The application of `specimen.c` in a pod, and what a test can ask it and see of it.
+
+    specimen = Specimen.run(pod, folder)
+    specimen.tell("set a text")
+    daemon.wait_for(specimen.id, "scaled_down")
+    assert specimen.ask("get") == "a text"       # wakes it
+
+Every question is a TCP connection of its own from the host, unless it is asked through `connect()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from criproxy import control
+from criproxy.api import control_pb2
+from lab.daemon import Daemon
+from lab.kubelet import Container, Pod
+
+T = TypeVar("T")
+
+PORT = 7000
+INSIDE = "/specimen"
+"""Where the folder with the program is mounted in the container; the test may write files there, too."""
+
+QUICK: Mapping[str, str] = {"criproxy.io/scaledown-duration": "300ms"}
+"""Annotations of a pod that is to be scaled down soon."""
+AWAKE: Mapping[str, str] = {"criproxy.io/scaledown-duration": "0"}
+"""Annotations of a pod that is managed, but never scaled down."""
+
+
+def build(folder: Path) -> Path:
+    """Compiles the program into the folder."""
+    target = folder / "specimen"
+    options = ["-static", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run(["gcc", *options, "-o", target, Path(__file__).with_suffix(".c")], check=True)
+    return target
+
+
+def eventually(condition: Callable[[], T], what: str, *, timeout: float = 15.0) -> T:
+    """Waits until the condition gives something true, and returns that. Fails after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout:g} s: {what} ({result!r})")
+        time.sleep(0.01)
+    return result
+
+
+def never(condition: Callable[[], object], what: str, *, seconds: float = 0.5) -> None:
+    """Looks for a while: what would happen at once doesn't."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert not condition(), what
+        time.sleep(0.02)
+
+
+class Connection:
+    """One TCP connection to a specimen, greeted already. Raises OSError where a client would see an error."""
+
+    def __init__(self, address: str, port: int, timeout: float) -> None:
+        self._socket = socket.create_connection((address, port), timeout=timeout)
+        self._file = self._socket.makefile("rb")
+        try:
+            assert self._line() == "ready"
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def local(self) -> tuple[str, int]:
+        address, port = self._socket.getsockname()[:2]
+        return address, port
+
+    def ask(self, question: str) -> str:
+        self._socket.sendall(f"{question}\n".encode())
+        return self._line()
+
+    def send(self, question: str) -> None:
+        """Without waiting for the answer."""
+        self._socket.sendall(f"{question}\n".encode())
+
+    def ended(self) -> bool:
+        """Waits for the end of the connection; whether it came without another byte."""
+        try:
+            return self._file.read(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def _line(self) -> str:
+        line = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionError(f"The connection ended after {line!r}")
+        return line.decode().rstrip("\n")
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Specimen:
+    """`container` is the lab's; `address` the pod's."""
+
+    def __init__(self, container: Container, port: int = PORT) -> None:
+        self.container = container
+        self.port = port
+        self.address = container.pod.ip
+
+    @classmethod
+    def run(cls, pod: Pod, program: Path, name: str = "specimen", *, port: int = PORT, **options: Any) -> Specimen:
+        """Creates and starts it, and waits until it listens. `options` as for `create_container`."""
+        mounts = {program.parent: INSIDE, **options.pop("mounts", {})}
+        command = [f"{INSIDE}/{program.name}", str(port)]
+        container = pod.run("busybox", name, command=command, mounts=mounts, **options)
+        eventually(lambda: "listening" in _log(container), "the specimen listens")
+        return cls(container, port)
+
+    @property
+    def id(self) -> str:
+        return self.container.id
+
+    def connect(self, *, timeout: float = 10.0) -> Connection:
+        return Connection(self.address, self.port, timeout)
+
+    def ask(self, question: str, *, timeout: float = 10.0) -> str:
+        with self.connect(timeout=timeout) as connection:
+            return connection.ask(question)
+
+    def tell(self, command: str) -> None:
+        answer = self.ask(command)
+        assert answer == "ok", f"{command}: {answer}"
+
+    def end(self, command: str) -> None:
+        """A command that ends it."""
+        with self.connect() as connection:
+            connection.send(command)
+            assert connection.ended()
+
+    @property
+    def log(self) -> list[str]:
+        return _log(self.container).splitlines()
+
+    def init(self) -> int:
+        """The host's pid of the container's first process."""
+        return init_pid(self.container)
+
+    def pid(self) -> int:
+        """The host's pid of the application itself."""
+        return application_pid(self.container)
+
+
+def _log(container: Container) -> str:
+    return container.logs() if container.log.exists() else ""
+
+
+# --- Processes, as the host sees them: read here once more, for criproxy's own reading is what is tested --------------
+
+
+def init_pid(container: Container) -> int:
+    pid = re.search(r'"pid":\s*(\d+)', container.status_response().info["info"])
+    assert pid, "containerd knows no pid"
+    return int(pid[1])
+
+
+def container_pids(container: Container) -> list[int]:
+    """Everything in the container's cgroup."""
+    found: set[int] = set()
+    for folder in container.cgroups():
+        # v1's own cgroups of a controller may be gone while the container ends.
+        with contextlib.suppress(OSError):
+            found.update(int(pid) for pid in (folder / "cgroup.procs").read_text().split())
+    return sorted(found)
+
+
+def application_pid(container: Container) -> int:
+    """The main process of the application, also where there is no init of ours."""
+    for pid in container_pids(container):
+        if comm(pid).startswith("guard "):
+            inside = comm(pid).removeprefix("guard ")
+            return next(p for p in container_pids(container) if status(p)["NSpid"].split()[-1] == inside)
+    init = init_pid(container)
+    assert comm(init) != "init", "there is no application below the init"
+    return init
+
+
+def status(pid: int, tid: int | None = None) -> dict[str, str]:
+    """/proc/PID/status, or that of one of its threads."""
+    path = Path(f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status")
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in path.read_text().splitlines())}
+
+
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+
+
+def threads(pid: int) -> Iterator[int]:
+    return (int(tid) for tid in os.listdir(f"/proc/{pid}/task"))
+
+
+# --- criproxy's view, asked for in-process: the command's start would take longer than what is looked for -------------
+
+
+def seen(daemon: Daemon, container_id: str) -> control_pb2.ContainerStatus:
+    """What criproxy knows of a container."""
+    path = Path(daemon.control.removeprefix("unix://"))
+    return next(c for c in control.ask_status(path) if c.container_id == container_id)
+
+
+def wait_for(daemon: Daemon, container_id: str, *states: str, timeout: float = 15.0) -> control_pb2.ContainerStatus:
+    """Waits until the container is in one of the states."""
+    deadline = time.monotonic() + timeout
+    while (found := seen(daemon, container_id)).state not in states:
+        if time.monotonic() > deadline:
+            pytest.fail(f"not {' or '.join(states)} within {timeout:g} s: {found}")
+        time.sleep(0.003)
+    return found
