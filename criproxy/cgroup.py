@@ -67,6 +67,13 @@ class Cgroup:
             )
         return group
 
+    def whole(self, name: str) -> Cgroup:
+        """The group whose name contains `name` (a container's id) and which this one is in, or is.
+
+        A container may divide its group, and move its first process (systemd does); runtimes name the whole after it.
+        """
+        return Cgroup({controller: _whole(folder, name) for controller, folder in self.folders.items()}, self.roots)
+
     def procs(self) -> list[int]:
         """The host's numbers of all processes in it and in groups below it. Empty once it is removed."""
         top = self._processes()
@@ -255,6 +262,10 @@ def _below(top: str, path: str) -> str | None:
     if path == top or path.startswith(top + "/"):
         return path[len(top) :].lstrip("/")
     return None
+
+
+def _whole(folder: Path, name: str) -> Path:
+    return next((level for level in reversed((folder, *folder.parents)) if name in level.name), folder)
 
 
 def _unescaped(text: str) -> str:

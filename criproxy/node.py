@@ -184,7 +184,7 @@ class Node:
 def _found(record: Record) -> State:
     """The state of a container that an earlier daemon had. What its record says was about to happen may or may not
     have happened: the freezer and the processes tell."""
-    freezer = Freezer(Cgroup.of(record.pid))
+    freezer = Freezer(Cgroup.of(record.pid).whole(record.id))
     if record.tier == Tier.FREEZE and freezer.asked():
         if freezer.frozen():
             return State.SCALED_DOWN

@@ -138,8 +138,10 @@ class Sandbox:
     def _workload(self, member: Member, network: PodNetwork) -> Processes:
         record = member.record
         if not record.bundle:
-            return Processes(record.pid, network.unix_sockets)
-        return Workload(record.pid, network.unix_sockets, member.folder, self._criu, stop_signal=record.stop_signal)
+            return Processes(record.id, record.pid, network.unix_sockets)
+        return Workload(
+            record.id, record.pid, network.unix_sockets, member.folder, self._criu, stop_signal=record.stop_signal
+        )
 
     def _methods(self, workload: Processes, gate: Gate) -> list[Method]:
         if not isinstance(workload, Workload):

@@ -28,10 +28,10 @@ END_SECONDS = 10.0
 class Processes:
     """The processes of any container, also of one that runs untouched: all in its cgroup. They can be frozen."""
 
-    def __init__(self, init_pid: int, unix_sockets: Callable[[], list[UnixSocket]]) -> None:
+    def __init__(self, container_id: str, init_pid: int, unix_sockets: Callable[[], list[UnixSocket]]) -> None:
         """`init_pid`: the container's first process, on the host. `unix_sockets` tells those of its pod."""
         self.init_pid = init_pid
-        self._cgroup = Cgroup.of(init_pid)
+        self._cgroup = Cgroup.of(init_pid).whole(container_id)
         self._freezer = Freezer(self._cgroup)
         self._unix_sockets = unix_sockets
 
@@ -97,6 +97,7 @@ class Workload(Processes):
 
     def __init__(
         self,
+        container_id: str,
         init_pid: int,
         unix_sockets: Callable[[], list[UnixSocket]],
         folder: Path,
@@ -105,7 +106,7 @@ class Workload(Processes):
         stop_signal: str = "SIGTERM",
     ) -> None:
         """`folder`: the container's own in the state directory."""
-        super().__init__(init_pid, unix_sockets)
+        super().__init__(container_id, init_pid, unix_sockets)
         self._criu = criu
         self._images = folder / "checkpoint"
         self._limits = folder / "limits.json"
