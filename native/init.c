@@ -18,6 +18,10 @@
  *   They are obeyed in their order and before any child's end is looked at, so that the sender needs no answer: what it does
  *   to the tree after kill() has returned is seen by this process after the command. (Only HOLD after a RELEASE that is still
  *   pending would be seen in the wrong order: the kernel delivers lower numbers first. The sender looks at ShdPnd before.)
+ *   While it is held, COMMAND may be in the middle of a dump or of a restore, or not be there at all: other signals are kept,
+ *   and passed on when it goes on. Those that ask for an end (SIGTERM, SIGINT, SIGQUIT) end the container if nothing of the
+ *   tree is there. criproxy wakes a container before it lets it be stopped, so they come from elsewhere: from systemd, say,
+ *   which otherwise waits 90 s for sleeping containers when the machine is shut down.
  * - CRIU can dump the tree below without touching this process: between the two stands the *guard*, the root of what is
  *   dumped, a subreaper, so that also daemons belong to the tree. It holds nothing: no descriptor, no timer, no memory that
  *   is shared with this process. Its name (comm) is "guard N", N being COMMAND's pid, for criproxy to read.
@@ -57,6 +61,7 @@ static struct sigaction inherited_chld;
 static pid_t guard;       /* the root of the tree below, 0 if there is none any more */
 static pid_t application; /* COMMAND; a child of the guard, of ours if the guard was killed */
 static int held;
+static signals kept; /* what came for the application while held */
 static int status; /* wait status of the application, or of the guard if that died before there was one */
 
 static void change_mask(int how, signals set, signals *old)
@@ -235,6 +240,36 @@ static _Noreturn void finish(void)
 	_exit(WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status));
 }
 
+/* Whether the number is nobody's in this namespace. */
+static int vacant(pid_t pid)
+{
+	return pid <= 0 || (kill(pid, 0) < 0 && errno == ESRCH);
+}
+
+/* Held, with nothing of the tree there: what asks the container to end has nobody to be passed on to. */
+static void end_asleep(void)
+{
+	static const int ends[] = { SIGTERM, SIGINT, SIGQUIT };
+
+	if (!held || !vacant(guard) || !vacant(application))
+		return;
+	for (unsigned i = 0; i < sizeof ends / sizeof *ends; i++)
+		if (kept & ONE(ends[i])) {
+			status = ends[i];
+			finish();
+		}
+}
+
+static void pass_on_kept(void)
+{
+	for (int signum = 1; kept; signum++)
+		if (kept & ONE(signum)) {
+			kept &= ~ONE(signum);
+			if (application)
+				kill(application, signum);
+		}
+}
+
 static void reap(void)
 {
 	int how, application_ended = 0, guard_ended = 0;
@@ -278,6 +313,7 @@ static void obey(int order)
 			reap();
 			finish();
 		}
+		pass_on_kept();
 		break;
 	case START:
 		if (!held)
@@ -292,6 +328,7 @@ static void obey(int order)
 		held = 0;
 		if (!guard)
 			finish();
+		pass_on_kept();
 		break;
 	}
 }
@@ -305,7 +342,11 @@ static void handle(int signum, const siginfo_t *info)
 {
 	if (is_order(signum, info))
 		obey(signum);
-	else if (signum != SIGCHLD && application)
+	else if (signum == SIGCHLD)
+		return;
+	else if (held)
+		kept |= ONE(signum);
+	else if (application)
 		kill(application, signum);
 }
 
@@ -342,5 +383,6 @@ int main(int argc, char **argv)
 		while ((other = next_signal(orders, &order, &now)) > 0)
 			handle(other, &order);
 		reap();
+		end_asleep();
 	}
 }

@@ -331,6 +331,42 @@ def test_started_afresh_what_is_left_of_the_old_one_is_killed() -> None:
         assert container.application() != old
 
 
+def test_signals_that_come_while_it_is_held_are_passed_on_when_it_goes_on() -> None:
+    with started(*python(ECHO)) as container:
+        assert container.line() == "ready"
+        checkpoint.hold(container.pid)
+        for signum in (15, 1, 34):
+            container.kill(signum)
+        until(lambda: not checkpoint._pending(container.pid))
+        assert not checkpoint._pending(container.application())
+        checkpoint.release(container.pid)
+        assert {container.line() for _ in range(3)} == {"15", "1", "34"}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_asleep_it_ends_when_it_is_asked_to(signum: int) -> None:
+    with started("sleep", "60") as container:
+        checkpoint.hold(container.pid)
+        os.kill(container.application(), signal.SIGKILL)
+        container.tree_gone()
+        container.kill(signal.SIGHUP)  # which asks for something else
+        until(lambda: not checkpoint._pending(container.pid))
+        assert container.running()
+        container.kill(signum)
+        assert container.wait() == 128 + signum
+
+
+def test_asked_to_end_during_a_dump_it_does_so_after_it() -> None:
+    with started("sleep", "60") as container:
+        checkpoint.hold(container.pid)
+        application = container.application()
+        container.kill(signal.SIGTERM)
+        until(lambda: not checkpoint._pending(container.pid))
+        assert container.running()
+        os.kill(application, signal.SIGKILL)
+        assert container.wait() == 143
+
+
 def test_not_held_a_start_is_ignored() -> None:
     with started("sh", "-c", "echo $$; exec sleep 60") as container:
         container.line()
