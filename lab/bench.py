@@ -226,7 +226,7 @@ class Bench:
     def report(self, limit: float) -> None:
         console = self._console
         console.text()
-        self.figures.show(console)
+        self.figures.show(console, (FIRST_BYTE, CHECKPOINT, CALL, DAEMON))
         console.text()
         console.text("beside: the median of the same request awake, or of containerd; ratio: between the medians.")
         console.text(f"For orientation: {ZEROPOD}")

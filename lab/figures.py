@@ -69,10 +69,10 @@ class Figures:
     def __iter__(self) -> Iterator[Figure]:
         return iter(self._figures.values())
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Console, groups: Sequence[str]) -> None:
         """A table by groups. The column `beside` is the median of what a figure is compared with."""
         table = Table(console, _COLUMNS)
-        for group in dict.fromkeys(figure.group for figure in self):
+        for group in groups:
             console.text()
             console.headline(group)
             for figure in self:
