@@ -21,6 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+import grpc
+
+from criproxy.api import cri_pb2 as cri
 from lab import BUILD, LabError, cgroups, image_name, images
 from lab.process import Service, ended_by_signals, run, undisturbed
 
@@ -231,12 +234,16 @@ class Containerd:
         }
 
     def _answers(self) -> bool:
-        with contextlib.suppress(LabError):
-            # The list of CRI's own plugin: "ok" once it serves.
-            return any(
-                line.split()[:2] == ["io.containerd.grpc.v1", "cri"] and line.split()[-1] == "ok"
-                for line in self.ctr("plugins", "list").splitlines()
+        """Whether CRI does what it is asked for: its plugin counts as "ok" before it has seen what was there before."""
+        with grpc.insecure_channel(self.endpoint) as channel:
+            status = channel.unary_unary(
+                "/runtime.v1.RuntimeService/Status",
+                request_serializer=cri.StatusRequest.SerializeToString,
+                response_deserializer=cri.StatusResponse.FromString,
             )
+            with contextlib.suppress(grpc.RpcError):
+                status(cri.StatusRequest(), timeout=1)
+                return True
         return False
 
     def _close(self) -> None:

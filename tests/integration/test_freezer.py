@@ -394,6 +394,15 @@ def test_it_can_be_killed_while_no_criproxy_runs(world: World) -> None:
     pod.remove()
 
 
+def test_a_restarted_containerd_sees_a_running_container(world: World) -> None:
+    # With cgroup v1 (and v2 alone) runc calls it paused, which must never get as far as Kubernetes.
+    _, redis = world.run(FREEZE)
+    world.asleep(redis)
+    world.lab.restart()
+    assert redis.status().state == cri.ContainerState.CONTAINER_RUNNING
+    assert redis.exec_sync("redis-cli", "ping").stdout == "PONG\n"
+
+
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_the_next_daemon_takes_it_over(world: World, how: str) -> None:
     pod, redis = world.run(FREEZE)
