@@ -192,6 +192,8 @@ def _found(record: Record) -> State:
     if not record.bundle:
         return State.RUNNING
     tree = checkpoint.guard_pid(record.pid) is not None
-    if record.state is State.CHECKPOINTING and tree:
+    if tree and record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
+        # A dump that failed, or a restore of which nobody has written down the end, or even the beginning: either way the
+        # container is still held, and wouldn't end with its application.
         checkpoint.release(record.pid)
     return State.RUNNING if tree else State.SCALED_DOWN
