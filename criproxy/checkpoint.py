@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -29,11 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from criproxy import aftermath, criu_log, processes, run
+from google.protobuf.message import DecodeError
+
+from criproxy import aftermath, criu_log, interrupted, processes, run
 from criproxy.bundle import Bundle
 from criproxy.cgroup import Cgroup
 from criproxy.processes import ThreadAttributes
 from criproxy.saved import AttributesChanged, Saved
+
+log = logging.getLogger(__name__)
 
 DUMP_TIMEOUT: Final = 120.0
 """Seconds after which a dump is given up (and the application goes on). 10 GiB take 20 s on a slow disk."""
@@ -242,6 +247,7 @@ class Criu:
                 # It was killed when all was written and some processes were ended: the others can't go on without them.
                 aftermath.send(tree, signal.SIGKILL)
                 await aftermath.gone(tree)
+                _resume_interrupted(images)
                 return time.monotonic() - began
             aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
             reason = aftermath.unsupported(tree) or _sentence(error)
@@ -249,6 +255,7 @@ class Criu:
                 release(init_pid)
             discard(images)
             raise CheckpointError(reason, getattr(error, "log", "")) from error
+        _resume_interrupted(images)
         return time.monotonic() - began
 
     async def restore(self, init_pid: int, images: Path, cgroup: Cgroup | None = None) -> float:
@@ -352,6 +359,14 @@ class Criu:
             raise _Failed(criu_log.reason(text, ended), criu_log.tail(text))
         if cancelled is not None:
             raise cancelled
+
+
+def _resume_interrupted(images: Path) -> None:
+    try:
+        interrupted.resume(images)
+    except (OSError, ValueError, DecodeError) as error:
+        # As good a checkpoint as CRIU makes: some system calls will fail with EINTR.
+        log.warning("%s: interrupted system calls can't be resumed: %s", images, error)
 
 
 def complete(images: Path) -> bool:
