@@ -193,7 +193,7 @@ def _found(record: Record) -> State:
         return State.RUNNING
     tree = checkpoint.guard_pid(record.pid) is not None
     if tree and record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
-        # A dump that failed, or a restore of which nobody has written down the end, or even the beginning: either way the
-        # container is still held, and wouldn't end with its application.
+        # A dump that failed, or a restore of which nobody has written down the end, or even the beginning: either way
+        # the container is still held, and wouldn't end with its application.
         checkpoint.release(record.pid)
     return State.RUNNING if tree else State.SCALED_DOWN
