@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ PATHS = ("IPv4", "IPv6", "lo")
 IDLE_CYCLES = (5, 40)
 # A run with this many failures tells nothing more by going on.
 MOST_FAILURES = 20
+# How many of the slowest requests of each application are told with what the daemon did meanwhile.
+SLOWEST = 3
 # The plot has a dot for each sample; of more than this it gets quantiles.
 MOST_DOTS = 400
 _TIME_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
@@ -92,6 +94,8 @@ class Sample:
     kind: str
     path: str
     seconds: float
+    at: str
+    connection: str
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Caller:
 
     def call(self, cycle: int) -> Sample:
         """The next request, on a new connection or on the one that is there. Raises CallFailed."""
-        began_at, began = time.time(), time.monotonic()
+        at, began = datetime.now().strftime(_TIME_FORMAT)[:-3], time.monotonic()
         try:
             if self._session is None:
                 self._connection = "a connection that isn't there yet"
@@ -150,7 +154,7 @@ class Caller:
         except Exception as error:  # whatever it is, it is what a client would see
             failure = Failure(
                 self.name,
-                datetime.fromtimestamp(began_at).strftime(_TIME_FORMAT)[:-3],
+                at,
                 time.monotonic() - began,
                 self.asked,
                 self._connection,
@@ -160,7 +164,7 @@ class Caller:
             raise CallFailed(failure) from error
         if self.kind == "new":
             self.close()
-        return Sample(self.kind, self.path, seconds)
+        return Sample(self.kind, self.path, seconds, at, self._connection)
 
     def close(self) -> None:
         session, self._session = self._session, None
@@ -299,6 +303,7 @@ class Soak:
     failures: list[Failure] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     """Checkpoints that failed: no client notices, but they shouldn't."""
+    slowest: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     def run(self, cycles: int, seconds: float) -> None:
@@ -365,7 +370,13 @@ class Soak:
         for conductor in self.conductors:
             ours = [line for line in log if conductor.container.id[:13] in line]
             self.failures += [
-                Failure(**{**vars(failure), "history": list(_around(ours, failure))}) for failure in conductor.failures
+                replace(failure, history=tuple(_around(ours, failure.at, failure.after_seconds)))
+                for failure in conductor.failures
+            ]
+            slowest = sorted(conductor.samples, key=lambda sample: sample.seconds)[-SLOWEST:]
+            self.slowest += [
+                {"application": conductor.application.image, **vars(s), "history": list(_around(ours, s.at, s.seconds))}
+                for s in slowest
             ]
             lost = [line for line in ours if "started afresh" in line or "internal error" in line]
             self.failures += [Failure(conductor.application.image, line[:23], 0, 0, "its log", line) for line in lost]
@@ -435,6 +446,7 @@ class Soak:
             "oldest_connection_cycles": {c.application.image: c.oldest_connection() for c in self.conductors},
             "latencies_ms": latencies,
             "failed_checkpoints": self.refused,
+            "slowest": self.slowest,
             "failures": [vars(failure) for failure in self.failures],
         }
 
@@ -453,13 +465,13 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-def _around(log: Sequence[str], failure: Failure) -> Iterator[str]:
-    """The lines from 1.5 s before the request until 0.5 s after it failed."""
-    began = datetime.strptime(failure.at, _TIME_FORMAT).timestamp()
+def _around(log: Sequence[str], at: str, seconds: float) -> Iterator[str]:
+    """The lines from 1.5 s before a request until 0.5 s after its end."""
+    began = datetime.strptime(at, _TIME_FORMAT).timestamp()
     for line in log:
         with contextlib.suppress(ValueError):
-            at = datetime.strptime(line[:23], _TIME_FORMAT).timestamp()
-            if began - 1.5 < at < began + failure.after_seconds + 0.5:
+            moment = datetime.strptime(line[:23], _TIME_FORMAT).timestamp()
+            if began - 1.5 < moment < began + seconds + 0.5:
                 yield line
 
 
