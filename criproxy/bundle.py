@@ -1,12 +1,15 @@
 """The bundle: the folder that is mounted read-only into containers, with our init and a CRIU that needs nothing else.
 
-It holds `init`, `enter`, `prlimit.so`, `criu`, the libraries which that links, and the dynamic loader they belong to:
-so CRIU starts in any image, also in one without a libc. Its path has the hash of its content: a folder that is there is
-complete and is never changed, whatever is upgraded, while containers that were started with it have it mounted.
+It holds `init`, `enter`, `prlimit.so`, `criu`, the libraries which that links, the dynamic loader they belong to, and
+`kdt`, what this CRIU knows of the running kernel: so CRIU starts in any image, also in one without a libc, and at once.
+Its path has the hash of its content: a folder that is there is complete and is never changed, whatever is upgraded,
+while containers that were started with it have it mounted. As kernel data is that of one boot, so is the folder.
 
 CRIU runs as root in the mount namespace of a hostile container, so nothing of the container's may steer it:
 - the loader's `/etc/ld.so.preload` (it has no option to leave that out) is patched to a name inside of the bundle, and
   `/etc/ld.so.cache` isn't read;
+- so is CRIU's `/run/criu.kdat` (no option either): the container could put a forged one there. It reads `kdt` instead,
+  which it can't replace or delete either, as it does with one that it takes for another CRIU's;
 - CRIU's configuration files (`/etc/criu/default.conf` and one in $HOME, which may name scripts to run) are off;
 - its plugins (every `*.so` in `/usr/lib/criu`) are looked for in an empty folder of the bundle;
 - so are the programs that it starts by name (iptables, ip, tar): with the options we use it needs none.
@@ -36,18 +39,26 @@ from criproxy.kdat import KdatError
 INSIDE: Final = "/.criproxy"
 """Where containers see the bundle."""
 
-KDAT_INSIDE: Final = "/run/criu.kdat"
-"""Where CRIU looks for what it has found out about the kernel; mounted read-only from `Bundle.kdat`."""
-
 SUITE: Final = "trixie"
 """The Debian release whose CRIU is taken where the host has none that works: 4.1.1."""
 
 CAP_SYS_RESOURCE: Final = 24
 
 _PLUGINS: Final = "plugins"
+_KDAT: Final = "kdt"
+
 _PRELOAD_HOST: Final = b"/etc/ld.so.preload\0"
 _PRELOAD_BUNDLE: Final = f"{INSIDE}/preload\0".encode()
 assert len(_PRELOAD_HOST) == len(_PRELOAD_BUNDLE)
+
+# With the zero before them: the linker lets a string be the end of another one.
+_KDAT_HOST: Final = f"\0{kdat.PATH}\0".encode()
+_KDAT_BUNDLE: Final = f"\0{INSIDE}/{_KDAT}\0".encode()
+assert len(_KDAT_HOST) == len(_KDAT_BUNDLE)
+# Up to CRIU 3.17, where a new one is written; later ones append ".tmp" to the other.
+_KDAT_DRAFT_HOST: Final = b"\0/run/.criu.kdat\0"
+_KDAT_DRAFT_BUNDLE: Final = f"\0{INSIDE}/.{_KDAT}\0".encode()
+assert len(_KDAT_DRAFT_HOST) == len(_KDAT_DRAFT_BUNDLE)
 
 _log: Final = logging.getLogger(__name__)
 
@@ -58,10 +69,9 @@ class BundleError(Exception):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on the host: its folder, and the kernel data (a file) that goes with it until the next boot."""
+    """A bundle on the host. It is good until the next boot."""
 
     path: Path
-    kdat: Path
     version: str
     """CRIU's own, such as `4.1.1`."""
     needs_prlimit: bool
@@ -94,31 +104,29 @@ class Bundle:
 def build(criu_root: Path, libexec: Path, state_dir: Path) -> Bundle:
     """Makes the bundle from the CRIU under `criu_root` (`/` is the host's) and our own programs in `libexec`.
 
-    A bundle with the same content is taken as it is. Raises BundleError if there is no CRIU, if a part is missing, or
-    if `criu check` says that it doesn't work with this kernel.
+    One that was made of the same since the machine has booted is taken as it is. Raises BundleError if there is no
+    CRIU, if a part is missing, or if `criu check` says that it doesn't work with this kernel.
     """
     criu_root, state_dir = criu_root.absolute(), state_dir.absolute()
     needs_prlimit = not _has_capability(CAP_SYS_RESOURCE)
-    content = _ours(libexec, needs_prlimit) | _criu(criu_root)
+    plain = _ours(libexec, needs_prlimit) | _criu(criu_root)
+    content = plain | {"criu": _with_our_kernel_data(plain["criu"], criu_root)}
+
+    def find_out(draft: Path) -> bytes:
+        version = _version(draft, needs_prlimit, criu_root)
+        folder = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            # By descriptor: the state folder may be out of sight in the host's mount namespace, or below /run.
+            inside = f"/proc/self/fd/{folder}"
+            return kdat.make(_criu_argv(inside, needs_prlimit), _environment(inside), folder)
+        except KdatError as error:
+            raise BundleError(f"CRIU {version} of {criu_root} doesn't work here: {error}") from error
+        finally:
+            os.close(folder)
+
     with _locked(state_dir):
-        path = _store(content, state_dir / "bundles")
-    version = _version(path, needs_prlimit)
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # By descriptor: the state folder may be out of sight in the host's mount namespace, or below /run.
-        inside = f"/proc/self/fd/{folder}"
-        file = kdat.prepare(
-            state_dir / "kdat",
-            bundle=path.name,
-            criu=_criu_argv(inside, needs_prlimit),
-            environment=_environment(inside),
-            descriptor=folder,
-        )
-    except KdatError as error:
-        raise BundleError(f"CRIU {version} of {criu_root} doesn't work here: {error}") from error
-    finally:
-        os.close(folder)
-    return Bundle(path=path, kdat=file, version=version, needs_prlimit=needs_prlimit)
+        path = _store(state_dir / "bundles", content, plain["criu"], find_out)
+    return Bundle(path=path, version=_version(path, needs_prlimit, criu_root), needs_prlimit=needs_prlimit)
 
 
 def prepare(
@@ -152,13 +160,13 @@ def prepare(
 
 
 def collect_garbage(state_dir: Path, in_use: set[Path]) -> list[Path]:
-    """Removes the bundles and kernel data that are none of `in_use` (`Bundle.path` and `Bundle.kdat` of the current one
-    and of every container), and what an interrupted `build()` has left. Returns what was removed.
+    """Removes the bundles that are none of `in_use` (`Bundle.path` of the current one and of every container), and what
+    an interrupted `build()` has left. Returns what was removed.
     """
-    kept = {path.absolute() for path in in_use} | {path.absolute().parent for path in in_use if path.name == kdat.FILE}
+    kept = {path.absolute() for path in in_use}
     removed = []
     with _locked(state_dir):
-        for folder in sorted([*(state_dir / "bundles").glob("*"), *(state_dir / "kdat").glob("*")]):
+        for folder in sorted((state_dir / "bundles").glob("*")):
             if folder.is_dir() and folder.absolute() not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
                 removed.append(folder)
@@ -171,15 +179,15 @@ def collect_garbage(state_dir: Path, in_use: set[Path]) -> list[Path]:
 @dataclass(frozen=True)
 class _File:
     data: bytes
-    executable: bool
+    mode: int = 0o444
 
 
 def _ours(libexec: Path, needs_prlimit: bool) -> dict[str, _File]:
     files = {}
-    parts = (("init", True, True), ("enter", True, False), ("prlimit.so", False, needs_prlimit))
-    for name, executable, needed in parts:
+    parts = (("init", 0o555, True), ("enter", 0o555, False), ("prlimit.so", 0o444, needs_prlimit))
+    for name, mode, needed in parts:
         try:
-            files[name] = _File((libexec / name).read_bytes(), executable)
+            files[name] = _File((libexec / name).read_bytes(), mode)
         except FileNotFoundError:
             if needed:
                 raise BundleError(f"{libexec / name} is missing. Install the package again, or run `make`.") from None
@@ -187,7 +195,7 @@ def _ours(libexec: Path, needs_prlimit: bool) -> dict[str, _File]:
 
 
 def _criu(root: Path) -> dict[str, _File]:
-    """CRIU of a root, its loader and its libraries, all in one flat folder."""
+    """CRIU of a root as it is, its loader (patched) and its libraries, all in one flat folder."""
     binary = _find(root, [f"{folder}/criu" for folder in ("usr/sbin", "usr/local/sbin", "usr/bin", "sbin")])
     if binary is None:
         raise BundleError(f"There is no criu in {root}. Install the package criu, or let one be downloaded.")
@@ -204,7 +212,7 @@ def _criu(root: Path) -> dict[str, _File]:
     except run.CommandError as error:
         raise BundleError(f"The libraries of {binary} can't be listed: {error}") from error
 
-    files = {"criu": _File(binary.read_bytes(), True), "ld.so": _File(_patched(loader), True)}
+    files = {"criu": _File(binary.read_bytes(), 0o555), "ld.so": _File(_without_preload(loader), 0o555)}
     for line in listing.splitlines():
         name, arrow, where = line.strip().partition(" => ")
         if not arrow or "/" in name:  # the kernel's own (vdso), or the loader
@@ -215,11 +223,23 @@ def _criu(root: Path) -> dict[str, _File]:
             raise BundleError(
                 f"{binary} needs {name}, which isn't in {root}. Install what the package criu depends on."
             )
-        files[name] = _File(_inside(root, path).read_bytes(), False)
+        files[name] = _File(_inside(root, path).read_bytes())
     return files
 
 
-def _patched(loader: Path) -> bytes:
+def _with_our_kernel_data(criu: _File, root: Path) -> _File:
+    """CRIU that reads the bundle's kernel data, wherever it is started (outside of containers, it finds none)."""
+    path = str(kdat.PATH).encode()
+    if criu.data.count(path) != 1 or criu.data.count(_KDAT_HOST) != 1:
+        raise BundleError(
+            f"The criu of {root} can't be kept from reading the container's {kdat.PATH}. "
+            "Let a known CRIU be downloaded."
+        )
+    data = criu.data.replace(_KDAT_HOST, _KDAT_BUNDLE).replace(_KDAT_DRAFT_HOST, _KDAT_DRAFT_BUNDLE)
+    return _File(data, criu.mode)
+
+
+def _without_preload(loader: Path) -> bytes:
     data = loader.read_bytes()
     if data.count(_PRELOAD_HOST) != 1:
         raise BundleError(
@@ -269,25 +289,25 @@ def _inside(root: Path, path: Path) -> Path:
 # --- Where it is kept -------------------------------------------------------------------------------------------------
 
 
-def _store(content: Mapping[str, _File], bundles: Path) -> Path:
-    digest = hashlib.sha256()
-    for name, file in sorted(content.items()):
-        digest.update(f"{name}\0{file.executable:d}\0{len(file.data)}\0".encode() + file.data)
-    path = bundles / digest.hexdigest()[:20]
-    if path.is_dir():
+def _store(bundles: Path, content: Mapping[str, _File], plain_criu: _File, find_out: Callable[[Path], bytes]) -> Path:
+    """The folder of this content and of the kernel's data. That is found out once per boot: it has bytes that differ
+    each time, so that every start of the daemon would make another bundle.
+
+    `find_out` is called with the folder while its CRIU is `plain_criu`, which leaves the data where one can get at it.
+    """
+    name = kdat.key(_digest(content))
+    for path in bundles.glob(f"{name}-*"):
         _verify(path, content)
         return path
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=bundles))
     try:
-        for name, file in content.items():
-            with open(new / name, "wb") as stream:
-                stream.write(file.data)
-                os.fchmod(stream.fileno(), 0o555 if file.executable else 0o444)
-                stream.flush()
-                os.fsync(stream.fileno())
+        _write(new, {**content, "criu": plain_criu})
         (new / _PLUGINS).mkdir(mode=0o755)
+        kernel = {_KDAT: _File(find_out(new), 0o400)}
+        _write(new, {"criu": content["criu"], **kernel})
         new.chmod(0o755)
         _sync(new)
+        path = bundles / f"{name}-{_digest(kernel)[:8]}"
         new.rename(path)
         _sync(bundles)
     except BaseException:
@@ -296,13 +316,34 @@ def _store(content: Mapping[str, _File], bundles: Path) -> Path:
     return path
 
 
+def _digest(content: Mapping[str, _File]) -> str:
+    digest = hashlib.sha256()
+    for name, file in sorted(content.items()):
+        digest.update(f"{name}\0{file.mode:o}\0{len(file.data)}\0".encode() + file.data)
+    return digest.hexdigest()
+
+
+def _write(folder: Path, content: Mapping[str, _File]) -> None:
+    for name, file in content.items():
+        path = folder / name
+        path.unlink(missing_ok=True)  # what runs can't be written to
+        with open(path, "wb") as stream:
+            stream.write(file.data)
+            os.fchmod(stream.fileno(), file.mode)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
 def _verify(path: Path, content: Mapping[str, _File]) -> None:
     """Containers may have it mounted, so a damaged one can't be put right in place."""
-    for name, file in content.items():
+    for name in (*content, _KDAT):
         try:
-            same = (path / name).read_bytes() == file.data
+            data = (path / name).read_bytes()
         except OSError:
             same = False
+        else:
+            kernel = {_KDAT: _File(data, 0o400)}
+            same = path.name.endswith(f"-{_digest(kernel)[:8]}") if name == _KDAT else data == content[name].data
         if not same:
             raise BundleError(f"{path / name} was changed. End the containers that use it, and remove {path}.")
 
@@ -343,16 +384,17 @@ def _environment(inside: str) -> dict[str, str]:
     }
 
 
-def _version(path: Path, needs_prlimit: bool) -> str:
+def _version(path: Path, needs_prlimit: bool, root: Path) -> str:
+    """`root` is where it is from."""
     try:
         argv = [*_criu_argv(str(path), needs_prlimit), "--version"]
         said = run.run(argv, env=_environment(str(path)), timeout=30).check().stdout.decode()
     except run.CommandError as error:
-        raise BundleError(f"The CRIU in {path} can't be started: {error}") from error
+        raise BundleError(f"The CRIU of {root} can't be started: {error}") from error
     for line in said.splitlines():
         if line.startswith("Version:"):
             return line.removeprefix("Version:").strip()
-    raise BundleError(f"The CRIU in {path} doesn't say its version.")
+    raise BundleError(f"The CRIU of {root} doesn't say its version.")
 
 
 def _has_capability(number: int) -> bool:
@@ -364,7 +406,6 @@ def _has_capability(number: int) -> bool:
 
 __all__ = [
     "INSIDE",
-    "KDAT_INSIDE",
     "SUITE",
     "Bundle",
     "BundleError",

@@ -52,7 +52,7 @@ async def serve(config: Config) -> None:
         stack.push_async_callback(node.close)
         stack.push_async_callback(interceptors.close)
         await node.adopt()
-        in_use = {prepared.path, prepared.kdat, *(Path(m.record.bundle) for m in node.members() if m.record.bundle)}
+        in_use = {prepared.path, *(Path(m.record.bundle) for m in node.members() if m.record.bundle)}
         for folder in bundle.collect_garbage(config.state_dir, in_use):
             log.info("removed %s, which no container uses any more", folder)
         await stack.enter_async_context(control.serve(config.control, node))

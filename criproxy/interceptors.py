@@ -169,7 +169,6 @@ class Interceptors:
             entrypoint=image.entrypoint,
             cmd=image.cmd,
             bundle=self._bundle.path,
-            kdat=self._bundle.kdat,
             profiles=self._profiles,
             runtime=configuration,
             handler="" if handler == policy.HANDLER else handler,

@@ -1,8 +1,8 @@
 """What CRIU finds out about the kernel, found out once per boot instead of at every start (which takes it 20 ms).
 
 CRIU reads it from `/run/criu.kdat`, wherever that comes from, but writes it to a tmpfs only. So it is made in a private
-copy of the host's mount namespace, with a tmpfs over `/run`, and kept as a file that is mounted into containers. That
-also keeps a container from handing a forged one to CRIU.
+copy of the host's mount namespace, with a tmpfs over `/run`, by an unchanged CRIU. A bundle's CRIU reads it from the
+bundle (see `bundle.py`).
 
 The security module needs care: CRIU finds it by paths in `/sys`. Made where these are hidden, kernel data says that
 there is none, and restored containers would be unconfined without a word. Such data is refused here.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Final
 
 from criproxy import namespaces, run
 
-FILE: Final = "criu.kdat"
+PATH: Final = Path("/run/criu.kdat")
+"""Where a CRIU keeps it by itself (KERNDAT_CACHE_FILE in kerndat.c, as distributions build it)."""
 
 NONE: Final = "none"
 APPARMOR: Final = "apparmor"
@@ -34,48 +34,37 @@ class KdatError(Exception):
     """CRIU doesn't work with this kernel, or can't be told the truth about it. The text is for people."""
 
 
-def prepare(folder: Path, *, bundle: str, criu: Sequence[str], environment: Mapping[str, str], descriptor: int) -> Path:
-    """The kernel data of this boot for a bundle (by its name), made by `criu check` unless it is there.
+def make(criu: Sequence[str], environment: Mapping[str, str], descriptor: int) -> bytes:
+    """The kernel data of this boot, as `criu check` finds it out.
 
-    `criu` is the beginning of CRIU's command line, valid where `descriptor` is inherited. Raises KdatError with CRIU's
-    own words if it can't work here.
+    `criu` is the beginning of the command line of an unchanged CRIU, valid where `descriptor` is inherited. Raises
+    KdatError with CRIU's own words if it can't work here.
     """
-    path = folder / key(bundle) / FILE
-    if path.is_file():
-        return path
 
     def check() -> tuple[bytes, str]:
         _show_security()
         lsm = kernel_lsm()
-        namespaces.mount("tmpfs", Path("/run"), "tmpfs", namespaces.MS_NOSUID | namespaces.MS_NODEV, "size=4m")
+        namespaces.mount("tmpfs", PATH.parent, "tmpfs", namespaces.MS_NOSUID | namespaces.MS_NODEV, "size=4m")
         completed = run.run([*criu, "check"], env=environment, pass_fds=[descriptor], timeout=60)
         if completed.returncode != 0:
             raise KdatError(f"`criu check` says: {_reason(completed.stderr + completed.stdout)}")
         try:
-            return Path(f"/run/{FILE}").read_bytes(), lsm
+            return PATH.read_bytes(), lsm
         except FileNotFoundError:
-            raise KdatError("`criu check` passes, but leaves no kernel data in /run.") from None
+            raise KdatError(f"`criu check` passes, but leaves no kernel data in {PATH.parent}.") from None
 
     try:
         data, kernel = namespaces.in_private_mounts(check)
     except (OSError, run.CommandError) as error:
         raise KdatError(f"{error}. It has to run as root, with CAP_SYS_ADMIN.") from error
     _agree(found_lsm(data), kernel)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_name(f".{os.getpid()}")
-    with open(new, "wb") as stream:
-        os.fchmod(stream.fileno(), 0o400)
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.rename(path)
-    return path
+    return data
 
 
-def key(bundle: str, proc: Path = Path("/proc")) -> str:
-    """The name under which kernel data is kept: it holds for one CRIU and one boot of one kernel."""
+def key(criu: str, proc: Path = Path("/proc")) -> str:
+    """A name for kernel data: it holds for one CRIU (`criu` says which) and one boot of one kernel."""
     kernel = proc / "sys/kernel"
-    parts = [bundle, (kernel / "osrelease").read_text(), (kernel / "random/boot_id").read_text()]
+    parts = [criu, (kernel / "osrelease").read_text(), (kernel / "random/boot_id").read_text()]
     return hashlib.sha256("\0".join(part.strip() for part in parts).encode()).hexdigest()[:20]
 
 
@@ -153,4 +142,4 @@ def _read(path: Path) -> str:
         return ""
 
 
-__all__ = ["FILE", "KdatError", "found_lsm", "kernel_lsm", "key", "prepare"]
+__all__ = ["PATH", "KdatError", "found_lsm", "kernel_lsm", "key", "make"]

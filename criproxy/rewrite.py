@@ -17,9 +17,8 @@ from criproxy.containerd import Configuration
 from criproxy.policy import HANDLER, Init, Policy, Tier
 from criproxy.seccomp import Profiles
 
-# Where the bundle and CRIU's knowledge of the kernel are found in a container. The second is CRIU's own choice.
+# Where the bundle is found in a container.
 BUNDLE_PATH = "/.criproxy"
-KDAT_PATH = "/run/criu.kdat"
 INIT_PATH = f"{BUNDLE_PATH}/init"
 # What containerd's oci.WithDefaultPathEnv sets where neither image nor pod does.
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -148,15 +147,14 @@ def container(
     entrypoint: Sequence[str],
     cmd: Sequence[str],
     bundle: Path,
-    kdat: Path | None,
     profiles: Profiles,
     runtime: Configuration | None,
     handler: str = "",
 ) -> bytes:
     """CreateContainer of a container that the policy covers: PID 1 becomes our init, which starts the real command.
 
-    `entrypoint` and `cmd` are the image's; `bundle` and `kdat` paths on the host (without `kdat`, nothing is mounted
-    at /run); `runtime` is containerd's configuration, if known, and `handler` the pod's as containerd was given it.
+    `entrypoint` and `cmd` are the image's; `bundle` is a path on the host; `runtime` is containerd's configuration, if
+    known, and `handler` the pod's as containerd was given it.
 
     Raises `Unsupported` if the container must run as it is. Only when it doesn't may a file be written, by `profiles`.
     """
@@ -166,15 +164,13 @@ def container(
     _check_pod(config, runtime, handler)
     _check_policy(policy, command)
     _check_processes(config)
-    _check_mounts(config, with_kdat=kdat is not None)
+    _check_mounts(config)
 
     _refuse_io_uring(config.linux.security_context, profiles, runtime, handler)
     for spec in (config.image, *(mount.image for mount in config.mounts)):
         if spec.runtime_handler == HANDLER:
             spec.runtime_handler = ""
     config.mounts.add(container_path=BUNDLE_PATH, host_path=str(bundle), readonly=True)
-    if kdat is not None:
-        config.mounts.add(container_path=KDAT_PATH, host_path=str(kdat), readonly=True)
     config.command[:] = [INIT_PATH]
     config.args[:] = ["--", *command]
     return message.SerializeToString()
@@ -251,18 +247,13 @@ def _check_processes(config: cri_pb2.ContainerConfig) -> None:
         raise Unsupported("it has a user namespace (hostUsers: false)", freezable=True)
 
 
-def _check_mounts(config: cri_pb2.ContainerConfig, *, with_kdat: bool) -> None:
-    ours = [PurePosixPath(BUNDLE_PATH)]
-    if with_kdat:
-        ours.append(PurePosixPath(KDAT_PATH))
+def _check_mounts(config: cri_pb2.ContainerConfig) -> None:
+    ours = PurePosixPath(BUNDLE_PATH)
     for mount in config.mounts:
         theirs = PurePosixPath(posixpath.normpath("/" + mount.container_path.lstrip("/")))
-        if theirs.is_relative_to("/var/run"):  # a symbolic link to /run in most images
-            theirs = "/run" / theirs.relative_to("/var/run")
-        for path in ours:
-            # Below: it would hide ours. Above: our mount point would be made in the pod's volume.
-            if path.is_relative_to(theirs) or theirs.is_relative_to(path):
-                raise Unsupported(f"its volume at {mount.container_path} is where {path} has to be", freezable=True)
+        # Below: it would hide ours. Above: our mount point would be made in the pod's volume.
+        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+            raise Unsupported(f"its volume at {mount.container_path} is where {ours} has to be", freezable=True)
 
 
 # --- Seccomp ----------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _files(lab: Containerd) -> list[str]:
     """criproxy's state without what is kept for the next container, CNI's addresses, and shims' sockets."""
     state = lab.root / "criproxy"
     # Named by their content, and used by one container after another.
-    shared = [state / name for name in ("bundles", "kdat", "seccomp")]
+    shared = [state / name for name in ("bundles", "seccomp")]
     owned = [path for path in _below(state) if not any(Path(path).is_relative_to(place) for place in shared)]
     addresses = [path for path in _below(lab.state / "cni-addresses") if "/last_" not in path and "/lock" not in path]
     bundles = [str(path) for path in lab.state.glob("containerd/io.containerd.runtime.v2.task/*/*")]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from criproxy import namespaces
-from criproxy.bundle import INSIDE, KDAT_INSIDE, Bundle
+from criproxy.bundle import INSIDE, Bundle
 
 T = TypeVar("T")
 
@@ -229,7 +229,6 @@ def _configuration(
             bind("/usr", "/usr", "ro"),
             bind(data, "/data"),
             bind(bundle.path, INSIDE, "ro"),
-            bind(bundle.kdat, KDAT_INSIDE, "ro"),
         ],
         "linux": {
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from criproxy.bundle import Bundle, BundleError
 PROJECT = Path(bundle.__file__).parent.parent
 LIBEXEC = PROJECT / "criproxy/libexec"
 PR_SET_CHILD_SUBREAPER = 36
+MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
 
 OPTIONS = ["--manage-cgroups=ignore", "--network-lock", "skip", "-v2", "-o"]
 
@@ -102,7 +103,11 @@ def test_anyone_can_run_it_and_nobody_can_change_it(built: Bundle) -> None:
     assert built.path.stat().st_mode & 0o777 == 0o755
     for path in built.path.iterdir():
         mode = path.stat().st_mode & 0o777
-        assert mode == (0o755 if path.is_dir() else 0o555 if path.name in {"criu", "ld.so", "init", "enter"} else 0o444)
+        programs = {"criu", "ld.so", "init", "enter"}
+        # What is known of the kernel has addresses: nothing for everyone.
+        assert mode == (
+            0o755 if path.is_dir() else 0o555 if path.name in programs else 0o400 if path.name == "kdt" else 0o444
+        )
 
 
 def test_it_starts_where_there_is_nothing_else(built: Bundle, tmp_path: Path) -> None:
@@ -131,22 +136,58 @@ def test_a_damaged_one_is_refused(built: Bundle, criu_root: Path, tmp_path: Path
         bundle.build(criu_root, LIBEXEC, tmp_path)
 
 
-def test_kernel_data_is_taken_by_criu_and_saves_the_probing(built: Bundle) -> None:
-    """In a mount namespace of its own, where /run has nothing but that."""
+def test_the_kernel_data_is_the_kernels(built: Bundle) -> None:
+    assert kdat.found_lsm((built.path / "kdt").read_bytes()) == kdat.kernel_lsm()
 
-    def times() -> tuple[float, float]:
-        namespaces.mount("tmpfs", Path("/run"), "tmpfs")
-        without = criu(built, "check")
-        Path(bundle.KDAT_INSIDE).write_bytes(data)
-        with_ = criu(built, "check", "-v4", "-o", "/dev/stderr")
-        assert b"Loaded kdat cache from /run/criu.kdat" in with_.check().stderr
-        return without.check().seconds, with_.seconds
 
-    data = built.kdat.read_bytes()
-    assert built.kdat.stat().st_mode & 0o777 == 0o400
-    assert kdat.found_lsm(data) == kdat.kernel_lsm()
-    without, with_ = namespaces.in_private_mounts(times)
-    assert with_ < without
+def unpatch(bundle_: Path) -> None:
+    data = (bundle_ / "criu").read_bytes()
+    (bundle_ / "criu").chmod(0o755)
+    (bundle_ / "criu").write_bytes(data.replace(b"/.criproxy/kdt", b"/run/criu.kdat"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "probes", "writes"),
+    [
+        pytest.param(lambda _: None, "Loaded kdat cache from /.criproxy/kdt", False, False, id="as-it-is"),
+        pytest.param(lambda b: (b / "kdt").unlink(), "/.criproxy/kdt does not exist", True, False, id="missing"),
+        pytest.param(lambda b: os.truncate(b / "kdt", 99), "Stale /.criproxy/kdt file", True, False, id="stale"),
+        # What the others would do without us.
+        pytest.param(unpatch, "Stale /run/criu.kdat file", True, True, id="unpatched"),
+    ],
+)
+def test_kernel_data_comes_from_the_bundle_and_saves_the_probing(
+    change: Callable[[Path], object], said: str, probes: bool, writes: bool, built: Bundle, tmp_path: Path
+) -> None:
+    """In a root that is all tmpfs, where CRIU could write; the bundle mounted as in containers; and a forged file."""
+    copy, run_ = tmp_path / ".criproxy", tmp_path / "run"
+    chroot = shutil.which("chroot")
+    assert chroot
+
+    def state() -> list[tuple[Path, bytes]]:
+        return sorted((path, path.read_bytes()) for folder in (copy, run_) for path in folder.rglob("*.*"))
+
+    def check() -> tuple[str, bool]:
+        namespaces.mount("tmpfs", tmp_path, "tmpfs")
+        for name in ("proc", "sys", "dev"):
+            (tmp_path / name).mkdir()
+            namespaces.mount(f"/{name}", tmp_path / name, None, MS_BIND | namespaces.MS_REC)
+        shutil.copytree(built.path, copy)
+        change(copy)
+        namespaces.mount(str(copy), copy, None, MS_BIND)
+        namespaces.mount("none", copy, None, MS_BIND | MS_REMOUNT | MS_RDONLY)
+        (tmp_path / "tmp").mkdir()  # the probing needs it
+        run_.mkdir()
+        (run_ / "criu.kdat").write_bytes(b"forged")
+        before = state()
+        argv = [chroot, tmp_path, *built.criu_argv(), "check", "-v4", "-o", "/dev/stderr"]
+        output = run.run(argv, env=built.environment, timeout=60).check().stderr.decode()
+        return output, state() != before
+
+    output, wrote = namespaces.in_private_mounts(check)
+    assert said in output
+    assert ("Found anon-shmem device" in output) is probes
+    assert wrote is writes
 
 
 def test_nothing_of_the_host_is_left_changed(built: Bundle) -> None:
@@ -206,18 +247,13 @@ def test_plugins_come_from_nowhere(built: Bundle) -> None:
 
 
 def test_garbage(built: Bundle, tmp_path: Path) -> None:
-    for name in ("bundles/old", "bundles/.new-interrupted", "kdat/old"):
-        (tmp_path / name).mkdir(parents=True)
-    shutil.copytree(built.path, tmp_path / "bundles" / built.path.name)
-    shutil.copytree(built.kdat.parent, tmp_path / "kdat" / built.kdat.parent.name)
-    kept = {
-        tmp_path / "bundles" / built.path.name,
-        tmp_path / "kdat" / built.kdat.parent.name / built.kdat.name,
-    }
-    removed = bundle.collect_garbage(tmp_path, kept)
+    for name in ("old", ".new-interrupted"):
+        (tmp_path / "bundles" / name).mkdir(parents=True)
+    kept = tmp_path / "bundles" / built.path.name
+    shutil.copytree(built.path, kept)
+    removed = bundle.collect_garbage(tmp_path, {kept})
     assert {path.name for path in removed} == {"old", ".new-interrupted"}
-    assert all(path.exists() for path in kept)
-    assert not (tmp_path / "kdat/old").exists()
+    assert [path for path in kept.parent.iterdir() if path.is_dir()] == [kept]
 
 
 def test_no_criu(tmp_path: Path) -> None:

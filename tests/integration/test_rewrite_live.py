@@ -52,10 +52,9 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def rewriting(direct: Kubelet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubelet]:
     """A kubelet whose CreateContainer requests are rewritten on their way to containerd."""
-    bundle, kdat = tmp_path / "bundle", tmp_path / "criu.kdat"
+    bundle = tmp_path / "bundle"
     bundle.mkdir()
     shutil.copy(LIBEXEC / "init", bundle)
-    kdat.touch()
     profiles = seccomp.Profiles(tmp_path / "seccomp")
     info = direct.call("Status", cri.StatusRequest(verbose=True), cri.StatusResponse).info
     plain = direct.call
@@ -72,7 +71,6 @@ def rewriting(direct: Kubelet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 entrypoint=config.get("Entrypoint") or [],
                 cmd=config.get("Cmd") or [],
                 bundle=bundle,
-                kdat=kdat,
                 profiles=profiles,
                 runtime=Configuration.from_info(info),
             )
@@ -151,6 +149,19 @@ def test_the_search_agrees_with_runc(command: str, expected: Answer, direct: Kub
         )
         with raised():
             container.start()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_volumes_at_run_have_nothing_of_ours(read_only: bool, rewriting: Kubelet, tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    with rewriting.run_pod() as pod:
+        container = pod.run("busybox", command=["sleep", "60"], mounts={volume: "/run"}, read_only=read_only)
+        process = Path("/proc", str(json.loads(container.status_response().info["info"])["pid"]))
+        assert list((process / "root/run").iterdir()) == []
+        mounts = [line.split()[3:5] for line in (process / "mountinfo").read_text().splitlines()]
+        assert [point for source, point in mounts if tmp_path.name in source] == ["/run", "/.criproxy"]
+    assert list(volume.iterdir()) == []
 
 
 def snapshot_mounts(kubelet: Kubelet, container_id: str) -> list[containerd_pb2.Mount]:

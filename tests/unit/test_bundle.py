@@ -3,6 +3,7 @@
 import os
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def root(tmp_path: Path) -> Path:
     libraries = folder / "usr/lib"
     for directory in ("usr/sbin", "usr/lib", interpreter.lstrip("/").rpartition("/")[0]):
         (folder / directory).mkdir(parents=True, exist_ok=True)
-    (folder / "usr/sbin/criu").write_bytes(TRUE.read_bytes())
+    (folder / "usr/sbin/criu").write_bytes(TRUE.read_bytes() + b"\0/run/criu.kdat\0")
     (libraries / "loader").write_bytes(Path(interpreter).read_bytes())
     (libraries / "loader").chmod(0o755)
     (folder / interpreter.lstrip("/")).symlink_to("/usr/lib/loader")
@@ -38,7 +39,7 @@ def test_criu_brings_its_libraries_and_its_loader(root: Path) -> None:
     files = bundle._criu(root)
     assert {"criu", "ld.so", "libc.so.6"} <= files.keys()
     assert files["libc.so.6"].data == (root / "usr/lib/libc.so.6").read_bytes()
-    assert [name for name, file in files.items() if file.executable] == ["criu", "ld.so"]
+    assert [name for name, file in files.items() if file.mode == 0o555] == ["criu", "ld.so"]
 
 
 def test_the_loader_does_not_read_the_containers_preload_list(root: Path) -> None:
@@ -58,6 +59,29 @@ def test_a_loader_that_cannot_be_patched(root: Path) -> None:
     loader.write_bytes(loader.read_bytes().replace(b"/etc/ld.so.preload", b"/etc/ld.so.PRELOAD"))
     with pytest.raises(BundleError, match=r"ld\.so\.preload"):
         bundle._criu(root)
+
+
+def test_criu_reads_the_bundles_kernel_data_and_not_the_containers() -> None:
+    # As in 3.17.1 and as in 4.1.1.
+    old = bundle._with_our_kernel_data(bundle._File(b"a\0/run/.criu.kdat\0/run/criu.kdat\0z", 0o555), Path("/"))
+    assert old == bundle._File(b"a\0/.criproxy/.kdt\0/.criproxy/kdt\0z", 0o555)
+    new = bundle._with_our_kernel_data(bundle._File(b"%s.tmp\0/run/criu.kdat\0z", 0o555), Path("/"))
+    assert new == bundle._File(b"%s.tmp\0/.criproxy/kdt\0z", 0o555)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0/var/run/criu.kdat\0",  # RUNDIR is another one
+        b"\0/run/criu.kdat.tmp\0",
+        b"\0/run/criu.kdat\0/run/criu.kdat\0",
+        b"\0/run/criu.kdat\0Can't read /run/criu.kdat\n\0",
+    ],
+)
+def test_a_criu_that_would_read_the_containers_kernel_data_is_refused(data: bytes) -> None:
+    with pytest.raises(BundleError, match=r"criu of /r can't be kept from reading .*/run/criu\.kdat"):
+        bundle._with_our_kernel_data(bundle._File(data), Path("/r"))
 
 
 def test_no_criu(tmp_path: Path) -> None:
@@ -80,38 +104,77 @@ def test_our_own_programs(tmp_path: Path) -> None:
         bundle._ours(tmp_path, needs_prlimit=True)
 
 
-def test_the_same_content_has_the_same_place(tmp_path: Path) -> None:
-    content = {"init": bundle._File(b"1", True), "libc.so.6": bundle._File(b"2", False)}
-    first = bundle._store(content, tmp_path)
-    assert bundle._store(dict(reversed(content.items())), tmp_path) == first
-    other = bundle._store(content | {"init": bundle._File(b"3", True)}, tmp_path)
+PLAIN = bundle._File(b"as it is", 0o555)
+CONTENT = {"criu": bundle._File(b"changed", 0o555), "libc.so.6": bundle._File(b"2")}
+
+
+class Kernel:
+    """What CRIU finds out, which differs each time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, draft: Path) -> bytes:
+        assert (draft / "criu").read_bytes() == PLAIN.data
+        assert (draft / "libc.so.6").read_bytes() == b"2"
+        self.asked += 1
+        return b"%d" % self.asked
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    return Kernel()
+
+
+def test_the_same_content_has_the_same_place(tmp_path: Path, kernel: Kernel) -> None:
+    first = bundle._store(tmp_path, CONTENT, PLAIN, kernel)
+    assert bundle._store(tmp_path, dict(reversed(CONTENT.items())), PLAIN, kernel) == first
+    assert kernel.asked == 1
+    other = bundle._store(tmp_path, CONTENT | {"init": bundle._File(b"3", 0o555)}, PLAIN, kernel)
     assert other != first
     assert sorted(tmp_path.iterdir()) == sorted([first, other])
     assert {path.name: path.stat().st_mode & 0o777 for path in first.iterdir()} == {
-        "init": 0o555,
+        "criu": 0o555,
+        "kdt": 0o400,
         "libc.so.6": 0o444,
         "plugins": 0o755,
     }
+    assert (first / "criu").read_bytes() == b"changed"
+    assert (first / "kdt").read_bytes() == b"1"
 
 
-def test_a_bundle_that_was_changed_is_refused(tmp_path: Path) -> None:
-    content = {"init": bundle._File(b"1", True)}
-    path = bundle._store(content, tmp_path)
-    (path / "init").chmod(0o755)
-    (path / "init").write_bytes(b"2")
-    with pytest.raises(BundleError, match="was changed"):
-        bundle._store(content, tmp_path)
+def test_another_boot_has_another_bundle(tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bundle._store(tmp_path, CONTENT, PLAIN, kernel)
+    monkeypatch.setattr(kdat, "key", lambda criu: f"another-boot-{criu}")
+    second = bundle._store(tmp_path, CONTENT, PLAIN, kernel)
+    assert second != first
+    assert [(path / "kdt").read_bytes() for path in (first, second)] == [b"1", b"2"]
 
 
-def test_nothing_is_left_of_a_bundle_that_could_not_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no-such-folder"):
-        bundle._store({"no-such-folder/init": bundle._File(b"1", True)}, tmp_path)
+@pytest.mark.parametrize("name", ["criu", "kdt"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"?"), Path.unlink])
+def test_a_bundle_that_was_changed_is_refused(
+    name: str, damage: Callable[[Path], object], tmp_path: Path, kernel: Kernel
+) -> None:
+    path = bundle._store(tmp_path, CONTENT, PLAIN, kernel)
+    (path / name).chmod(0o755)
+    damage(path / name)
+    with pytest.raises(BundleError, match=f"/{name} was changed"):
+        bundle._store(tmp_path, CONTENT, PLAIN, kernel)
+
+
+def test_nothing_is_left_of_a_bundle_that_could_not_be_made(tmp_path: Path) -> None:
+    def fail(draft: Path) -> bytes:
+        raise BundleError("no")
+
+    with pytest.raises(BundleError, match="no"):
+        bundle._store(tmp_path, CONTENT, PLAIN, fail)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("needed", [False, True])
 def test_the_command_line_shuts_the_container_out(needed: bool) -> None:
-    made = Bundle(path=Path("/b"), kdat=Path("/k"), version="4.1.1", needs_prlimit=needed)
+    made = Bundle(path=Path("/b"), version="4.1.1", needs_prlimit=needed)
     argv = made.criu_argv()
     assert argv[:4] == ["/.criproxy/ld.so", "--inhibit-cache", "--library-path", "/.criproxy"]
     assert argv[-4:] == ["/.criproxy/criu", "--no-default-config", "--libdir", "/.criproxy/plugins"]

@@ -17,7 +17,7 @@ Request = cri.CreateContainerRequest
 # Field 2000 with the text "kept": what a later version of CRI might send.
 UNKNOWN = b"\x82\x7d\x04kept"
 CONTAINERD = Configuration("", "runc", {"runc": Runtime("io.containerd.runc.v2", has_base_spec=False)})
-BUNDLE, KDAT = Path("/var/lib/criproxy/bundles/abc"), Path("/var/lib/criproxy/kdat/abc/criu.kdat")
+BUNDLE = Path("/var/lib/criproxy/bundles/abc")
 
 
 def request(change: Callable[[cri.ContainerConfig], None] = lambda config: None) -> bytes:
@@ -47,7 +47,6 @@ def rewritten(profiles: seccomp.Profiles) -> Callable[..., Request]:
         entrypoint: Sequence[str] = ("/entrypoint",),
         cmd: Sequence[str] = ("serve",),
         policy: Policy = Policy(),  # noqa: B008 (it is frozen)
-        kdat: Path | None = KDAT,
         runtime: Configuration | None = CONTAINERD,
         handler: str = "",
     ) -> Request:
@@ -58,7 +57,6 @@ def rewritten(profiles: seccomp.Profiles) -> Callable[..., Request]:
                 entrypoint=entrypoint,
                 cmd=cmd,
                 bundle=BUNDLE,
-                kdat=kdat,
                 profiles=profiles,
                 runtime=runtime,
                 handler=handler,
@@ -185,13 +183,12 @@ class TestContainer:
         assert list(result.command) == ["/.criproxy/init"]
         assert list(result.args) == ["--", "/entrypoint", "serve"]
 
-    def test_the_bundle_and_the_kdat_are_mounted_last_and_read_only(self, rewritten: Callable[..., Request]) -> None:
-        mounts = rewritten(request()).config.mounts
-        assert list(mounts)[-2:] == [
+    def test_the_bundle_is_mounted_last_and_read_only_and_nothing_else(self, rewritten: Callable[..., Request]) -> None:
+        data = request()
+        assert list(rewritten(data).config.mounts) == [
+            *Request.FromString(data).config.mounts,
             cri.Mount(container_path="/.criproxy", host_path=str(BUNDLE), readonly=True),
-            cri.Mount(container_path="/run/criu.kdat", host_path=str(KDAT), readonly=True),
         ]
-        assert len(rewritten(request(), kdat=None).config.mounts) == len(mounts) - 1
 
     def test_everything_else_stays(self, rewritten: Callable[..., Request]) -> None:
         def change(config: cri.ContainerConfig) -> None:
@@ -227,11 +224,8 @@ class TestContainer:
             (lambda c: setattr(c, "tty", True), "terminal"),
             (lambda c: mount(c, "/.criproxy"), "/.criproxy is where /.criproxy has to be"),
             (lambda c: mount(c, "/.criproxy/x"), "its volume at /.criproxy/x"),
-            (lambda c: mount(c, "/run"), "its volume at /run is where /run/criu.kdat has to be"),
-            (lambda c: mount(c, "/run/"), "its volume at /run/"),
-            (lambda c: mount(c, "//run/x/.."), "its volume at //run/x/.."),
-            (lambda c: mount(c, "/var/run"), "its volume at /var/run"),
-            (lambda c: mount(c, "/run/criu.kdat"), "its volume at /run/criu.kdat"),
+            (lambda c: mount(c, "/.criproxy/"), "its volume at /.criproxy/"),
+            (lambda c: mount(c, "//.criproxy/x/.."), "its volume at //.criproxy/x/.."),
             (lambda c: mount(c, "/"), "its volume at /"),
             (lambda c: c.command.extend([""]), "names a command"),
             (lambda c: c.command.extend(["/sbin/init"]), "/sbin/init must be PID 1"),
@@ -251,7 +245,7 @@ class TestContainer:
             (lambda c: setattr(c, "tty", True), True),
             (lambda c: setattr(namespaces(c), "pid", cri.POD), True),
             (lambda c: namespaces(c).userns_options.SetInParent(), True),
-            (lambda c: mount(c, "/run"), True),
+            (lambda c: mount(c, "/.criproxy"), True),
             (lambda c: setattr(namespaces(c), "pid", cri.NODE), False),
             (lambda c: setattr(namespaces(c), "pid", cri.TARGET), False),
             (lambda c: setattr(namespaces(c), "network", cri.NODE), False),
@@ -270,12 +264,9 @@ class TestContainer:
             rewritten(request(lambda c: setattr(namespaces(c), "network", cri.NODE)), policy=Policy(tier=Tier.FREEZE))
         assert not caught.value.freezable
 
-    @pytest.mark.parametrize("path", ["/runs", "/run/app", "/var/run/app", "/.criproxy2", "/var", "/data"])
+    @pytest.mark.parametrize("path", ["/run", "/var/run", "/run/criu.kdat", "/.criproxy2", "/data"])
     def test_volumes_elsewhere_are_fine(self, path: str, rewritten: Callable[..., Request]) -> None:
         assert rewritten(request(lambda config: mount(config, path)))
-
-    def test_a_volume_at_run_is_fine_without_a_kdat(self, rewritten: Callable[..., Request]) -> None:
-        assert rewritten(request(lambda config: mount(config, "/run")), kdat=None)
 
     def test_a_user_namespace_of_the_node_is_none(self, rewritten: Callable[..., Request]) -> None:
         assert rewritten(request(lambda c: setattr(namespaces(c).userns_options, "mode", cri.NODE)))
