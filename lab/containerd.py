@@ -30,6 +30,8 @@ from lab.process import Service, ended_by_signals, run, undisturbed
 _MOST_LABS = 40
 _CAP_SYS_RESOURCE = 24
 _CNI_PLUGINS = Path("/usr/lib/cni")
+# How pods can be connected: plugins of Debian's containernetworking-plugins.
+NETWORKS = ("bridge", "ptp", "macvlan", "ipvlan")
 
 _CONFIG = """\
 version = 2
@@ -64,10 +66,11 @@ disabled_plugins = ["io.containerd.internal.v1.tracing", "io.containerd.snapshot
 
 
 class Containerd:
-    """See the module's text. `usual` are the images that are imported at the start."""
+    """See the module's text. `usual` are the images that are imported at the start, `network` is one of NETWORKS."""
 
-    def __init__(self, *, usual: tuple[str, ...] = images.USUAL) -> None:
+    def __init__(self, *, usual: tuple[str, ...] = images.USUAL, network: str = "bridge") -> None:
         self._usual = usual
+        self._kind = network
         self._stack = contextlib.ExitStack()
         self._service: Service | None = None
 
@@ -110,6 +113,7 @@ class Containerd:
 
     @property
     def bridge(self) -> str:
+        """This host's link to the pods, or what links are made on with another kind of network."""
         return f"crilab{self.number}"
 
     @property
@@ -205,24 +209,42 @@ class Containerd:
         )
         (self.state / "cni" / "10-lab.conflist").write_text(json.dumps(self._network(), indent=1))
         cgroups.create(f"{self.cgroup}/containerd")
-        # CNI would make it with the first pod. Before that, servers of this host can already be bound to its addresses.
-        run(["ip", "link", "add", self.bridge, "type", "bridge"])
-        run(["ip", "address", "add", f"{self.gateway}/24", "dev", self.bridge])
-        run(["ip", "address", "add", f"{self.gateway6}/64", "dev", self.bridge, "nodad"])
-        run(["ip", "link", "set", self.bridge, "up"])
+        self._make_link()
         (self.state / "cni-addresses" / self.bridge).mkdir(parents=True)
 
+    def _make_link(self) -> None:
+        """The pods' link and this host's addresses. Before the first pod servers of this host can be bound to them."""
+        link, prefixes = self.bridge, ("24", "64")
+        # Also as the parent of others: a kernel without modules may have no dummy links.
+        run(["ip", "link", "add", link, "type", "bridge"])
+        run(["ip", "link", "set", link, "up"])
+        if self._kind == "ptp":
+            # Each pod has a link of its own to this host, with the same addresses at our end.
+            prefixes = ("32", "128")
+        elif self._kind in ("macvlan", "ipvlan"):
+            # Pods and their parent link don't hear each other: this host takes part as one of them.
+            parent, link = link, f"{link}h"
+            mode = "bridge" if self._kind == "macvlan" else "l2"
+            run(["ip", "link", "add", "link", parent, "name", link, "type", self._kind, "mode", mode])
+            run(["ip", "link", "set", link, "up"])
+        run(["ip", "address", "add", f"{self.gateway}/{prefixes[0]}", "dev", link])
+        run(["ip", "address", "add", f"{self.gateway6}/{prefixes[1]}", "dev", link, "nodad"])
+
     def _network(self) -> dict[str, object]:
-        """The CNI configuration: a bridge of the lab's own, this host as the gateway, both families of addresses."""
+        """The CNI configuration: a link of the lab's own, this host as the gateway, both families of addresses."""
+        options: dict[str, dict[str, object]] = {
+            "bridge": {"bridge": self.bridge, "isGateway": True, "hairpinMode": True},
+            "ptp": {},
+            "macvlan": {"master": self.bridge, "mode": "bridge"},
+            "ipvlan": {"master": self.bridge, "mode": "l2"},
+        }
         return {
             "cniVersion": "0.4.0",
             "name": self.bridge,
             "plugins": [
                 {
-                    "type": "bridge",
-                    "bridge": self.bridge,
-                    "isGateway": True,
-                    "hairpinMode": True,
+                    "type": self._kind,
+                    **options[self._kind],
                     "ipam": {
                         "type": "host-local",
                         "dataDir": str(self.state / "cni-addresses"),

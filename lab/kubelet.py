@@ -13,6 +13,7 @@ them.
 
 import contextlib
 import itertools
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -235,6 +236,12 @@ class Pod:
     def ips(self) -> list[str]:
         network = self.status().status.network
         return [network.ip, *(other.ip for other in network.additional_ips)]
+
+    @property
+    def netns(self) -> Path:
+        """Its network namespace, to be entered."""
+        namespaces = json.loads(self.status(verbose=True).info["info"])["runtimeSpec"]["linux"]["namespaces"]
+        return next(Path(namespace["path"]) for namespace in namespaces if namespace["type"] == "network")
 
     def create_container(
         self,

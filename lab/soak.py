@@ -203,12 +203,10 @@ class Conductor:
         """How often it was restored, as the daemon says."""
         self.requests = 0
         self._random = random.Random(seed)
-        namespaces = json.loads(pod.status(verbose=True).info["info"])["runtimeSpec"]["linux"]["namespaces"]
-        netns = next(Path(namespace["path"]) for namespace in namespaces if namespace["type"] == "network")
         addresses = {"IPv4": pod.ips[0], "IPv6": pod.ips[1]}
         self._connectors = {path: connector(ip, application.port) for path, ip in addresses.items()}
         # Inside of the pod there are three ways that all pass lo.
-        self._local = [connector(ip, application.port, netns) for ip in ("127.0.0.1", "::1", addresses["IPv4"])]
+        self._local = [connector(ip, application.port, pod.netns) for ip in ("127.0.0.1", "::1", addresses["IPv4"])]
         self.callers = [Caller(application, kind, path, self._connector(path)) for kind in KINDS for path in PATHS]
 
     def _connector(self, path: str) -> Callable[[], socket.socket]:
