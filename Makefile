@@ -6,6 +6,8 @@
 PYTHON := .venv/bin/python
 # What pytest is told: make test PYTEST='-k redis -x'
 PYTEST :=
+# And the soak: make soak SOAK='--cycles 5000 --applications redis,nginx'
+SOAK :=
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +33,9 @@ integration: setup ## Tests with real containerd, runc, CRIU and eBPF, as root
 
 bench: setup ## Measure the time to the first byte of what is scaled down
 	@$(PYTHON) -m lab.bench
+
+soak: setup ## 1,000 checkpoints and restores that no client may notice, about five minutes
+	@$(PYTHON) -m lab.soak --json .build/soak.json --svg .build/soak.svg $(SOAK)
 
 up: setup ## Leave a private containerd with criproxy running, to try pods of your own
 	@$(PYTHON) -m lab.up
