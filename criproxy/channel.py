@@ -67,8 +67,9 @@ class Channel:
             *UNLIMITED,
             # Or the new channel would share the old one's connection and its wait.
             ("grpc.use_local_subchannel_pool", 1),
+            # Not grpc.min_reconnect_backoff_ms, which is how long a connection may take to be made, too: a containerd
+            # that is short of processor time needs more than the 100 ms of the others. The default is 20 s.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
         self._channel = aio.insecure_channel(f"unix://{self.path}", options=options)

@@ -374,6 +374,26 @@ async def test_it_starts_before_containerd_does(containerd, tmp_path, connect):
         assert (await outcome(client, VERSION, b"x"))["messages"] == [b"echo x"]
 
 
+async def test_a_containerd_that_is_slow_to_take_a_connection_is_waited_for(containerd, tmp_path, connect):
+    """As one is that gets too little processor time, for a moment."""
+    containerd.behaviours[VERSION] = echo
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.4)
+        onward, back = await asyncio.open_unix_connection(containerd.path)
+        await asyncio.gather(pump(reader, back), pump(onward, writer))
+
+    server = await asyncio.start_unix_server(relay, tmp_path / "slow.sock")
+    async with Proxy(f"unix://{tmp_path}/criproxy.sock", f"unix://{tmp_path}/slow.sock") as proxy:
+        assert (await outcome(connect(proxy.path), VERSION, b"x"))["messages"] == [b"echo x"]
+    server.close()
+
+
 # --- The socket --------------------------------------------------------------------------------------------------
 
 
