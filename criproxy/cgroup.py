@@ -25,6 +25,19 @@ KEPT: Final = 64 << 20
 # v2 first, as there all is in one; then those of v1 which every runtime gives a container a folder in.
 _FOR_PROCESSES: Final = (UNIFIED, "pids", "memory", "freezer", "devices", "cpu", "name=systemd")
 
+# What is in the way of a restore, by controller, with what stands for no limit. CRIU needs two tasks and MiBs on top
+# of the application's. Where the limits don't leave that, it is killed half-way, and the application's state is lost.
+# Above memory.high it would be slow. v1's limit of memory stays: the kernel may refuse to put it back.
+_IN_THE_WAY: Final = (
+    ("cpu", "cpu.cfs_quota_us", "-1"),
+    ("pids", "pids.max", "max"),
+    (UNIFIED, "cpu.max", "max"),
+    (UNIFIED, "pids.max", "max"),
+    (UNIFIED, "memory.high", "max"),
+    (UNIFIED, "memory.max", "max"),
+    (UNIFIED, "memory.oom.group", "0"),
+)
+
 # How often what is being lifted is lifted: two containers of a pod may be restored at once, and share the pod's folder.
 _lifted: dict[str, tuple[str, int]] = {}
 
@@ -103,6 +116,14 @@ class Cgroup:
             used, free = 0, 0
         return max(0, used - free)
 
+    def anonymous(self) -> int:
+        """Bytes of memory that no file backs: what a checkpoint has to save."""
+        if folder := self.own("memory"):
+            return _number(folder / "memory.stat", "total_rss")
+        if folder := self.own(UNIFIED):
+            return _number(folder / "memory.stat", "anon")
+        return 0
+
     def join_fds(self) -> list[int]:
         """Descriptors for `enter --cgroup-fd`, one a tree: v2's folder, v1's file `tasks`. The caller closes them.
 
@@ -128,7 +149,8 @@ class Cgroup:
 
     @contextlib.contextmanager
     def lifted(self, record: Path) -> Iterator[None]:
-        """Without CPU quota, and without v2's rule that one OOM kill ends the whole container (init included).
+        """Without limits of processor time, tasks and (on v2) memory, and without v2's rule that one OOM kill ends the
+        whole container (init included): for a restore, in which CRIU needs its own on top of the application's.
 
         That holds for the container's group and for the one around it, the pod's; further up are other pods. What was
         there is kept in the file `record`, so that `restore_limits(record)` can put it back if we don't live to do it.
@@ -188,11 +210,7 @@ class Cgroup:
     def _limits(self) -> list[_Limit]:
         """The limits to lift, the outer ones first."""
         found = []
-        for controller, file, free in (
-            ("cpu", "cpu.cfs_quota_us", "-1"),
-            (UNIFIED, "cpu.max", "max"),
-            (UNIFIED, "memory.oom.group", "0"),
-        ):
+        for controller, file, free in _IN_THE_WAY:
             if (folder := self.own(controller)) is None:
                 continue
             for level in (folder.parent, folder):

@@ -55,6 +55,7 @@ def unified(machine: Machine) -> Path:
     write(folder, {"cpu.stat": "usage_usec 1500000\nuser_usec 1\n", "memory.current": "9000\n"})
     write(folder, {"memory.stat": "anon 1\ninactive_file 1000\nactive_file 5\n", "memory.reclaim": ""})
     write(folder, {"cpu.max": "5000 100000\n", "memory.oom.group": "1\n"})
+    write(folder, {"memory.max": "10000\n", "memory.high": "9500\n", "pids.max": "8000\n"})
     write(folder.parent, {"cpu.max": "20000 100000\n", "memory.oom.group": "0\n"})
     write(folder.parent.parent, {"cpu.max": "30000 100000\n"})
     return folder
@@ -67,6 +68,8 @@ def legacy(machine: Machine) -> dict[str, Path]:
     write(folders["cpuacct"], {"cpuacct.usage": "2500000000\n"})
     write(folders["memory"], {"memory.usage_in_bytes": "9000\n", "memory.force_empty": ""})
     write(folders["memory"], {"memory.stat": "inactive_file 1\ntotal_inactive_file 1000\n"})
+    write(folders["memory"], {"memory.limit_in_bytes": "10000\n"})
+    write(folders["pids"], {"pids.max": "8000\n"})
     write(folders["cpu"], {"cpu.cfs_quota_us": "5000\n"})
     write(folders["cpu"].parent, {"cpu.cfs_quota_us": "-1\n"})
     return folders
@@ -174,12 +177,15 @@ def test_limits_of_the_container_and_its_pod_are_lifted_and_put_back(machine: Ma
         assert (unified / "cpu.max").read_text().startswith("max")
         assert (unified.parent / "cpu.max").read_text().startswith("max")
         assert (unified / "memory.oom.group").read_text().startswith("0")
+        for name in ("memory.max", "memory.high", "pids.max"):
+            assert (unified / name).read_text().startswith("max")
         assert shown(unified.parent.parent, "cpu.max") == "30000 100000", "other pods are below it"
         assert record.exists()
         as_the_kernel_shows_them(unified)
     assert shown(unified, "cpu.max") == "5000 100000"
     assert shown(unified.parent, "cpu.max") == "20000 100000"
     assert shown(unified, "memory.oom.group") == "1"
+    assert [shown(unified, name) for name in ("memory.max", "memory.high", "pids.max")] == ["10000", "9500", "8000"]
     assert not record.exists()
 
 
@@ -187,11 +193,16 @@ def test_limits_of_v1(machine: Machine, legacy: dict[str, Path]) -> None:
     with machine.cgroup().lifted(machine.fs / "limits.json"):
         assert (legacy["cpu"] / "cpu.cfs_quota_us").read_text().startswith("-1")
         write(legacy["cpu"], {"cpu.cfs_quota_us": "-1\n"})
+        assert (legacy["pids"] / "pids.max").read_text().startswith("max")
+        write(legacy["pids"], {"pids.max": "max\n"})
+        assert shown(legacy["memory"], "memory.limit_in_bytes") == "10000", "to put it back may be refused"
     assert shown(legacy["cpu"], "cpu.cfs_quota_us") == "5000"
+    assert shown(legacy["pids"], "pids.max") == "8000"
 
 
 def test_nothing_to_lift_leaves_no_trace(machine: Machine, legacy: dict[str, Path]) -> None:
     write(legacy["cpu"], {"cpu.cfs_quota_us": "-1\n"})
+    write(legacy["pids"], {"pids.max": "max\n"})
     record = machine.fs / "limits.json"
     with machine.cgroup().lifted(record):
         assert not record.exists()
@@ -249,3 +260,4 @@ def as_the_kernel_shows_them(folder: Path) -> None:
     """Plain files show what was written over what was there; the kernel shows the setting."""
     for level in (folder, folder.parent):
         write(level, {"cpu.max": "max 100000\n", "memory.oom.group": "0\n"})
+        write(level, {"memory.max": "max\n", "memory.high": "max\n", "pids.max": "max\n"})
