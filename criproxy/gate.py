@@ -63,10 +63,14 @@ class Gate:
     def silent(self) -> str | None:
         listening = {s.port for s in self._own_sockets() if s.listening}
         missing = {port for port in self._declared if port.proto == "tcp"} - listening
-        self._assign(self._declared | listening)
+        ports = self._declared | listening
+        # Without any, those that it had stay: while it is started afresh, packets for them have to be parked, where the
+        # kernel would refuse the connections.
+        if ports:
+            self._assign(ports)
         if missing:
             return f"doesn't listen on {', '.join(sorted(map(str, missing)))} (yet)"
-        if not self._ports:
+        if not ports:
             return "listens on no port, so no packet could wake it"
         return None
 
