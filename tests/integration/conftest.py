@@ -1,11 +1,21 @@
-"""What the tests with pods share."""
+"""What the tests with pods share, and those with containers of runc alone."""
 
-from collections.abc import Iterator
+import contextlib
+import fcntl
+import socket
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from box import Box, until
 from specimen import build, eventually
 
+import criproxy
+from criproxy import bundle, checkpoint
+from criproxy.bundle import Bundle
+from criproxy.checkpoint import Criu
 from lab import inventory
 from lab.containerd import Containerd
 from lab.daemon import Daemon
@@ -24,3 +34,47 @@ def nothing_left(containerd: Containerd, daemon: Daemon) -> Iterator[None]:
     yield
     # A shim needs a moment to end after its last container.
     eventually(lambda: not inventory.difference(before, inventory.take(containerd)), "nothing is left", timeout=5)
+
+
+# --- Containers of runc alone -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def criu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    libexec = Path(criproxy.__file__).parent / "libexec"
+    root = libexec.parent.parent / ".build/criu"
+    state = tmp_path_factory.mktemp("state")
+    return bundle.build(root, libexec, state) if root.is_dir() else bundle.prepare(libexec, state)
+
+
+@pytest.fixture
+def criu(criu_bundle: Bundle) -> Criu:
+    return Criu(criu_bundle)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def box(tmp_path: Path, criu_bundle: Bundle) -> Iterator[Callable[..., Box]]:
+    """Makes containers, which end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*argv: str, **options: Any) -> Box:
+            folder = tmp_path / f"box{len(list(tmp_path.glob('box*')))}"
+            folder.mkdir()
+            made = stack.enter_context(Box(folder, criu_bundle, argv, **options))
+            if made.running():
+                made.network(_loopback_up)
+                until(lambda: checkpoint.application_pid(made.pid) or not made.running())
+            return made
+
+        yield make
+
+
+def _loopback_up() -> None:
+    """SIOCSIFFLAGS; netdevice(7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -18,51 +17,13 @@ from typing import Any
 import pytest
 from box import CAPABILITIES, Box, ask, redis, until
 
-import criproxy
-from criproxy import bundle, checkpoint, processes, run
+from criproxy import checkpoint, processes, run
 from criproxy.bundle import Bundle
 from criproxy.checkpoint import AttributesChanged, CheckpointError, Criu, RestoreError
-
-LIBEXEC = Path(criproxy.__file__).parent / "libexec"
-BUILD = LIBEXEC.parent.parent / ".build"
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
 
 REDIS = ["redis-server", "--save", "", "--dir", "/data"]
-
-
-@pytest.fixture(scope="session")
-def criu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = BUILD / "criu"
-    state = tmp_path_factory.mktemp("state")
-    return bundle.build(root, LIBEXEC, state) if root.is_dir() else bundle.prepare(LIBEXEC, state)
-
-
-@pytest.fixture
-def criu(criu_bundle: Bundle) -> Criu:
-    return Criu(criu_bundle)
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def box(tmp_path: Path, criu_bundle: Bundle) -> Iterator[Callable[..., Box]]:
-    """Makes containers, which end with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def make(*argv: str, **options: Any) -> Box:
-            folder = tmp_path / f"box{len(list(tmp_path.glob('box*')))}"
-            folder.mkdir()
-            made = stack.enter_context(Box(folder, criu_bundle, argv, **options))
-            if made.running():
-                made.network(_loopback_up)
-                until(lambda: checkpoint.application_pid(made.pid) or not made.running())
-            return made
-
-        yield make
 
 
 def python(code: str) -> list[str]:
@@ -556,12 +517,6 @@ async def _cancel(what: Coroutine[object, object, object], milliseconds: int) ->
 
 def name_of_path(name: str) -> str:
     return "client_body_temp_path" if name == "body" else f"{name}_temp_path"
-
-
-def _loopback_up() -> None:
-    """SIOCSIFFLAGS; netdevice(7)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
 
 
 @contextlib.contextmanager
