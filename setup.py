@@ -137,6 +137,7 @@ MAKERS = {
     "api": protocols,
     "init": lambda: native("init", "init", "-static"),
     "enter": lambda: native("enter", "enter", "-static"),
+    "pages": lambda: native("pages", "pages", "-static"),
     "prlimit": lambda: native("prlimit", "prlimit.so", "-shared", "-fPIC"),
     "bpf": ebpf,
     "systemd": units,

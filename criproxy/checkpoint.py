@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from google.protobuf.message import DecodeError
 from criproxy import aftermath, criu_log, interrupted, processes, run
 from criproxy.bundle import Bundle
 from criproxy.cgroup import Cgroup
+from criproxy.pages import Loader
 from criproxy.processes import ThreadAttributes
 from criproxy.saved import AttributesChanged, Saved
 
@@ -60,6 +62,12 @@ _CAP_SYS_ADMIN: Final = 21
 
 _STDIO: Final = (0, 1, 2)
 
+# How long a CRIU whose loader has ended may take to say why.
+_LAST_WORDS_SECONDS: Final = 0.5
+
+# The name is known to native/preload.c.
+_GIVEN_UP: Final = "given-up"
+
 _OPTIONS: Final = ("--tcp-established", "--file-locks", "--ext-unix-sk", "--manage-cgroups=ignore")
 # The lock is the pod's eBPF program. CRIU notes it in the images, and says so if it is given again for a restore.
 _DUMP_OPTIONS: Final = ("--network-lock", "skip", "--link-remap", "--ghost-limit", "64M")
@@ -72,6 +80,10 @@ class CheckpointError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.log = log
+
+
+class GivenUp(CheckpointError):
+    """A dump was given up because its caller wanted it so; the processes go on as before."""
 
 
 class RestoreError(Exception):
@@ -212,12 +224,12 @@ class Criu:
         self._dump_timeout = dump_timeout
         self._restore_timeout = restore_timeout
 
-    async def dump(self, init_pid: int, images: Path) -> float:
+    async def dump(self, init_pid: int, images: Path, unless: asyncio.Event | None = None) -> float:
         """Dumps the application of a container into the new folder `images` and ends its processes; returns how long.
 
         The container is held afterwards. Raises CheckpointError; then it isn't, and the application goes on. What was
         in `images` is older than the running application, and deleted. Cancelled, it takes as long and has the same
-        effect.
+        effect. If `unless` is set before all memory is written, the dump is given up at once (GivenUp).
         """
         began = time.monotonic()
         discard(images)
@@ -238,6 +250,8 @@ class Criu:
                 # Not in the container's cgroups: it would be counted there, limited, and killed with the container.
                 enter = self._enter(init_pid, stack, cgroups=())
                 action = ["dump", "-t", str(saved.guard), *_images(folder, "dump.log"), *_OPTIONS, *_DUMP_OPTIONS]
+                if unless is not None:
+                    stack.callback(asyncio.ensure_future(_give_up(images, unless)).cancel)
                 await self._run(
                     [*enter.argv, *action], (*enter.fds, folder), self._dump_timeout, images / "dump.log", tree
                 )
@@ -248,21 +262,37 @@ class Criu:
                 aftermath.send(tree, signal.SIGKILL)
                 await aftermath.gone(tree)
                 _resume_interrupted(images)
+                (images / _GIVEN_UP).unlink(missing_ok=True)
                 return time.monotonic() - began
             aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
             reason = aftermath.unsupported(tree) or _sentence(error)
             with contextlib.suppress(ProcessLookupError):
                 release(init_pid)
+            given_up = (images / _GIVEN_UP).exists()
             discard(images)
+            if given_up:
+                raise GivenUp("somebody wants the container") from error
             raise CheckpointError(reason, getattr(error, "log", "")) from error
         _resume_interrupted(images)
+        # If it came too late, the restore mustn't find it.
+        (images / _GIVEN_UP).unlink(missing_ok=True)
         return time.monotonic() - began
 
-    async def restore(self, init_pid: int, images: Path, cgroup: Cgroup | None = None) -> float:
+    def loader(self, images: Path) -> Loader:
+        """Starts what loads the memory of an application that is restored from `images` next. Raises RestoreError."""
+        try:
+            return Loader.start(images)
+        except (OSError, run.CommandError) as error:
+            raise RestoreError(f"what loads its memory can't be started: {error}") from error
+
+    async def restore(
+        self, init_pid: int, images: Path, cgroup: Cgroup | None = None, loader: Loader | None = None
+    ) -> float:
         """Restores what `dump()` has dumped, in a container that is held, and lets go of it; returns how long.
 
         `cgroup`: the container's; without it, init's is looked up. The images stay. Raises RestoreError; then what was
-        restored half is gone, and another try is possible.
+        restored half is gone, and another try is possible. With a `loader` (which `loader()` has started) private
+        memory isn't restored, but loaded by it.
         """
         began = time.monotonic()
         since = aftermath.ticks()
@@ -277,11 +307,15 @@ class Criu:
                 pipes = _pipes(init_pid, stack)
                 enter = self._enter(init_pid, stack, cgroups=cgroup_fds, like=saved.attributes.get(saved.guard))
                 action = ["restore", "--restore-detached", *_images(folder, "restore.log"), *_OPTIONS]
+                if loader is not None:
+                    action.append("--lazy-pages")
                 for inode, descriptor in pipes.items():
                     action += ["--inherit-fd", f"fd[{descriptor}]:pipe:[{inode}]"]
                 fds = (*enter.fds, *cgroup_fds, folder, *pipes.values())
                 try:
-                    await self._run([*enter.argv, *action], fds, self._restore_timeout, images / "restore.log")
+                    await self._run(
+                        [*enter.argv, *action], fds, self._restore_timeout, images / "restore.log", loader=loader
+                    )
                 except _Failed:
                     await aftermath.clear(init_pid, since)
                     raise
@@ -329,9 +363,15 @@ class Criu:
         return _Enter([*argv, "--", *self._bundle.criu_argv()], (pidfd,))
 
     async def _run(
-        self, argv: list[str], fds: Sequence[int], timeout: float, log: Path, tree: Sequence[processes.Process] = ()
+        self,
+        argv: list[str],
+        fds: Sequence[int],
+        timeout: float,
+        log: Path,
+        tree: Sequence[processes.Process] = (),
+        loader: Loader | None = None,
     ) -> None:
-        """Raises _Failed. `tree` is what is stopped before CRIU is killed after the time-out."""
+        """Raises _Failed. `tree` is what is stopped before CRIU is killed after the time-out, or without its loader."""
         output = log.with_suffix(".out")
         try:
             with open(output, "wb") as stream, ExitStack() as stack:
@@ -344,7 +384,7 @@ class Criu:
                         env=self._bundle.environment,
                     )
                 )
-                code, cancelled = await _to_the_end(running, timeout)
+                code, cancelled = await _to_the_end(running, timeout, loader)
                 if code is None:
                     # What is traced stops when CRIU's death lets go of it, before it can use what CRIU has changed.
                     aftermath.send(tree, signal.SIGSTOP)
@@ -354,6 +394,10 @@ class Criu:
         if code != 0:
             text = _read(output) + _read(log)
             ended = f"ended with code {code}"
+            if code is None and loader is not None and not loader.loaded():
+                raise _Failed(
+                    f"what loads its memory has ended: {loader.last_words()}", criu_log.tail(text), killed=True
+                )
             if code is None:
                 raise _Failed(f"CRIU took longer than {timeout:g} s and was ended", criu_log.tail(text), killed=True)
             raise _Failed(criu_log.reason(text, ended), criu_log.tail(text))
@@ -434,20 +478,36 @@ def _pipes(init_pid: int, stack: ExitStack) -> dict[int, int]:
     return pipes
 
 
-async def _to_the_end(running: run.Running, timeout: float) -> tuple[int | None, asyncio.CancelledError | None]:
-    """The exit code, None after the time-out; and the cancellation that came meanwhile."""
+async def _to_the_end(
+    running: run.Running, timeout: float, loader: Loader | None = None
+) -> tuple[int | None, asyncio.CancelledError | None]:
+    """The exit code, None after the time-out or when `loader` is lost; and the cancellation that came meanwhile."""
     waiting = asyncio.ensure_future(running.wait())
+    lost = asyncio.ensure_future(loader.lost()) if loader is not None else None
     deadline = time.monotonic() + timeout
     cancelled = None
     while not waiting.done() and (left := deadline - time.monotonic()) > 0:
+        if lost is not None and lost.done():
+            # It ends by itself when CRIU fails, and CRIU's own words are better.
+            deadline, lost = min(deadline, time.monotonic() + _LAST_WORDS_SECONDS), None
+            continue
         try:
-            await asyncio.wait({waiting}, timeout=left)
+            await asyncio.wait({waiting, lost} if lost else {waiting}, timeout=left, return_when=FIRST_COMPLETED)
         except asyncio.CancelledError as error:
             cancelled = error
+    if lost is not None:
+        lost.cancel()
     if waiting.done():
         return waiting.result(), cancelled
     waiting.cancel()
     return None, cancelled
+
+
+async def _give_up(images: Path, unless: asyncio.Event) -> None:
+    """The library that is preloaded into CRIU looks for this file while memory is written: CRIU then fails, and cleans
+    up after itself as in any other failure."""
+    await unless.wait()
+    (images / _GIVEN_UP).touch()
 
 
 async def _kill_criu(running: run.Running) -> None:
@@ -475,6 +535,7 @@ __all__ = [
     "AttributesChanged",
     "CheckpointError",
     "Criu",
+    "GivenUp",
     "RestoreError",
     "application_pid",
     "complete",

@@ -24,7 +24,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from criproxy.policy import Tier
-from criproxy.scaledown import Attempts, Method, Refused
+from criproxy.scaledown import Attempts, Method, Refused, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -249,8 +249,10 @@ class Container:
                 await self._workload.find()
                 await self._enter(State.RUNNING)
             elif self.record.state is State.RUNNING:
-                # Adopted: a daemon that died while it parked has left the gate closed.
+                # Adopted: a daemon that died while it parked has left the gate closed, and one that died after it had
+                # brought the application back has left the rest to do.
                 self._gate.open()
+                await self._settle(self.record.reason)
             while True:
                 # An adopted container may begin anywhere in here.
                 if self.record.state is State.RUNNING:
@@ -345,7 +347,7 @@ class Container:
             if attempt.retry_at > time.monotonic():
                 reasons.append(attempt.refusal)
                 continue
-            if self._holders:
+            if self._holders or self._wanted.is_set():
                 break  # somebody came meanwhile; one who waits for a failed checkpoint doesn't wait for a freeze too
             if await self._down(attempt, reasons):
                 return True
@@ -360,7 +362,13 @@ class Container:
         await self._enter(State.CHECKPOINTING, "; ".join(reasons))
         began = time.monotonic()
         try:
-            self.record.checkpoint_bytes = await attempt.method.down()
+            self.record.checkpoint_bytes = await attempt.method.down(self._wanted)
+        except Wanted:
+            log.info(
+                "%s: wanted while it was scaled down, given up after %.0f ms", self, (time.monotonic() - began) * 1e3
+            )
+            self._active = time.monotonic()
+            return False
         except Refused as error:
             pause = attempt.failed(str(error), max(BACKOFF_SECONDS[0], self._duration), BACKOFF_SECONDS[1])
             log.warning("%s: %s failed, next try in %.0f s: %s", self, tier, pause, error)
@@ -396,10 +404,15 @@ class Container:
         self.record.checkpoint_bytes = 0
         await self._enter(State.RUNNING, reason)
         log.info("%s: running again after %.1f ms", self, self.record.last_restore_seconds * 1e3)
+        await self._settle(reason)
+
+    async def _settle(self, reason: str) -> None:
+        """What is left to do after the way back, the application running. `reason` is what a person has been told."""
+        self.record.reason = reason or self._method.unfinished()
         reason = await self._method.settle() or reason
         if reason:
             log.error("%s: %s", self, reason)
-            self.record.reason = reason
+        self.record.reason = reason
         self._method.discard()
 
     @property

@@ -44,6 +44,15 @@ class Tier(StrEnum):
     FREEZE = "freeze"
 
 
+class Lazy(StrEnum):
+    """Whether memory is loaded after a restore, while the application runs already."""
+
+    # Where that pays, by size.
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Init(StrEnum):
     """Whether PID 1 of the container becomes our init."""
 
@@ -75,6 +84,7 @@ class Policy:
     ports: Mapping[str, frozenset[Port]] = field(default_factory=dict)
     tier: Tier = Tier.AUTO
     init: Init = Init.AUTO
+    lazy_pages: Lazy = Lazy.AUTO
     ignored: tuple[str, ...] = ()
 
     def covers(self, container_name: str) -> bool:
@@ -292,7 +302,25 @@ INIT = Key(
     "Whether PID 1 of the container becomes criproxy's init, without which there is no checkpoint but the freezer. "
     "`auto`: unless the image's entrypoint is known to insist on being PID 1 itself (s6-overlay, systemd).",
 )
-KEYS: tuple[Key[Any], ...] = (CONTAINER_NAMES, PORTS_MAP, SCALEDOWN_DURATION, DISABLE_CHECKPOINTING, TIER, INIT)
+LAZY_PAGES = Key(
+    "lazy-pages",
+    _one_of(*Lazy),
+    False,
+    "`auto`, `always`, `never`",
+    "`auto`",
+    "Whether a woken application runs before its memory is back: a page that it touches is loaded at once, all others "
+    "meanwhile, so that the wake takes the same time whatever the size. `auto`: when that pays, from 16 MiB on, unless "
+    "processes share much memory since a fork (each would get a copy of its own).",
+)
+KEYS: tuple[Key[Any], ...] = (
+    CONTAINER_NAMES,
+    PORTS_MAP,
+    SCALEDOWN_DURATION,
+    DISABLE_CHECKPOINTING,
+    TIER,
+    INIT,
+    LAZY_PAGES,
+)
 
 # zeropod's keys that are accepted and mean nothing here: what each does there, and why it isn't needed or done.
 IGNORED: Mapping[str, tuple[str, str]] = {
@@ -313,7 +341,7 @@ IGNORED: Mapping[str, tuple[str, str]] = {
 }
 
 # Keys of ours with a planned meaning and nothing yet that acts on them: refused, or a pod would run other than asked.
-LATER = frozenset({"connections", "lazy-pages", "clock", "request-timeout", "quiet-ports", "probes", "on-stop"})
+LATER = frozenset({"connections", "clock", "request-timeout", "quiet-ports", "probes", "on-stop"})
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------
@@ -344,6 +372,7 @@ def parse(
         ports={} if ports is None else ports,
         tier=_tier(ours, theirs),
         init=Init(_read(INIT, ours, theirs) or Init.AUTO),
+        lazy_pages=Lazy(_read(LAZY_PAGES, ours, theirs) or Lazy.AUTO),
         ignored=tuple(ZEROPOD + name for name in sorted(theirs) if name not in shared),
     )
 

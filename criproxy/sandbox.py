@@ -140,7 +140,13 @@ class Sandbox:
         if not record.bundle:
             return Processes(record.id, record.pid, network.unix_sockets)
         return Workload(
-            record.id, record.pid, network.unix_sockets, member.folder, self._criu, stop_signal=record.stop_signal
+            record.id,
+            record.pid,
+            network.unix_sockets,
+            member.folder,
+            self._criu,
+            stop_signal=record.stop_signal,
+            lazy=self.policy.lazy_pages,
         )
 
     def _methods(self, workload: Processes, gate: Gate) -> list[Method]:

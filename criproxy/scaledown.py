@@ -14,7 +14,7 @@ import logging
 import time
 from typing import Protocol
 
-from criproxy.checkpoint import AttributesChanged, CheckpointError, RestoreError
+from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
 from criproxy.freezer import FreezeError
 from criproxy.policy import Tier
 
@@ -29,18 +29,27 @@ class Refused(Exception):
     """The container can't be scaled down in this way (now), and goes on as before. Why, for people."""
 
 
+class Wanted(Refused):
+    """Somebody wanted the container in the middle of its scale-down, which was given up: no failure."""
+
+
 class Method(Protocol):
     @property
     def tier(self) -> Tier: ...
 
-    async def down(self) -> int:
-        """Returns the bytes that are kept on disk. Raises Refused; then the application goes on."""
+    async def down(self, wanted: asyncio.Event) -> int:
+        """Returns the bytes that are kept on disk. Raises Refused; then the application goes on. If `wanted` is set
+        meanwhile it raises Wanted, if that brings the application back sooner."""
 
     async def up(self) -> str:
         """Brings the application back, whatever it takes. Returns what a person has to be told (state was lost)."""
 
     async def settle(self) -> str:
-        """What is left to do when packets flow again. Returns what a person has to be told."""
+        """What is left to do when packets flow again, also of what an earlier daemon has begun. Returns what a person
+        has to be told."""
+
+    def unfinished(self) -> str:
+        """What `settle()` will take long for, in words; empty if nothing."""
 
     async def rescue(self) -> None:
         """After an error of ours: the application runs, whatever happened before."""
@@ -52,17 +61,27 @@ class Method(Protocol):
 class Workload(Protocol):
     """What the methods with our init as the container's PID 1 need of it. Paths, pids and CRIU are its business."""
 
-    async def dump(self) -> int:
-        """Checkpoints the processes and ends them. Returns the size in bytes. Raises CheckpointError."""
+    async def dump(self, unless: asyncio.Event) -> int:
+        """Checkpoints the processes and ends them. Returns the size in bytes. Raises CheckpointError (GivenUp if
+        `unless` was set in time)."""
 
-    async def restore(self) -> None:
-        """Raises RestoreError; what a failed attempt left is gone then."""
+    async def restore(self, *, lazily: bool) -> None:
+        """Raises RestoreError; what a failed attempt left is gone then. `lazily`: memory may be loaded afterwards."""
+
+    def kept(self) -> bool:
+        """Whether there is a checkpoint, be it that the processes are back or not."""
+
+    def loading(self) -> bool:
+        """Whether the restored processes run, but not all of their memory is there yet."""
+
+    async def loaded(self) -> bool:
+        """Waits until all of their memory is there. False: the rest won't come, and who touches it waits for ever."""
 
     async def verify(self) -> None:
         """Raises AttributesChanged if a restored thread's confinement isn't what it was."""
 
-    async def end(self) -> None:
-        """Ends the application and its processes, but not the container."""
+    async def end(self, *, at_once: bool = False) -> None:
+        """Ends the application and its processes, but not the container. `at_once`: without asking them."""
 
     async def start_afresh(self) -> None:
         """Starts the container's command anew in the living container, after `end` or a failed restore."""
@@ -109,7 +128,7 @@ class Restart:
         self._workload = workload
         self._gate = gate
 
-    async def down(self) -> int:
+    async def down(self, wanted: asyncio.Event) -> int:
         try:
             await self._workload.end()
         except CheckpointError as error:
@@ -121,6 +140,9 @@ class Restart:
         return ""
 
     async def settle(self) -> str:
+        return ""
+
+    def unfinished(self) -> str:
         return ""
 
     async def rescue(self) -> None:
@@ -147,9 +169,11 @@ class Checkpoint(Restart):
         super().__init__(workload, gate)
         self._afresh = False
 
-    async def down(self) -> int:
+    async def down(self, wanted: asyncio.Event) -> int:
         try:
-            return await self._workload.dump()
+            return await self._workload.dump(wanted)
+        except GivenUp as error:
+            raise Wanted(str(error)) from error
         except CheckpointError as error:
             raise Refused(str(error)) from error
 
@@ -157,7 +181,8 @@ class Checkpoint(Restart):
         self._afresh = False
         for attempt in range(1, RESTORE_ATTEMPTS + 1):
             try:
-                await self._workload.restore()
+                # What may be wrong with loading memory later isn't tried twice.
+                await self._workload.restore(lazily=attempt == 1)
                 return ""
             except RestoreError as error:
                 log.error("restore failed (attempt %d of %d): %s", attempt, RESTORE_ATTEMPTS, error)
@@ -168,17 +193,27 @@ class Checkpoint(Restart):
 
     async def settle(self) -> str:
         """Off the way of the first packet: a restored process that may do more than before doesn't stay."""
-        if self._afresh:
+        if self._afresh or not self._workload.kept():
             return ""
         try:
             await self._workload.verify()
         except AttributesChanged as error:
-            self._gate.park_all()
-            await self._workload.end()
-            await self._start_afresh()
-            self._gate.open()
-            return f"started afresh, its state was lost: {error}"
+            return await self._replace(str(error))
+        if not await self._workload.loaded():
+            # The images are no way back: the application has run since, and its files, and what its clients were told,
+            # may be newer than they. As after a crash, it begins with its files alone.
+            return await self._replace("what loads its memory after the restore has ended too soon", at_once=True)
         return ""
+
+    def unfinished(self) -> str:
+        return "its memory is still being loaded" if self._workload.loading() else ""
+
+    async def _replace(self, why: str, *, at_once: bool = False) -> str:
+        self._gate.park_all()
+        await self._workload.end(at_once=at_once)
+        await self._start_afresh()
+        self._gate.open()
+        return f"started afresh, its state was lost: {why}"
 
 
 class Freeze:
@@ -188,7 +223,7 @@ class Freeze:
         self._workload = workload
         self._gate = gate
 
-    async def down(self) -> int:
+    async def down(self, wanted: asyncio.Event) -> int:
         if (why := self._workload.entangled()) is not None:
             raise Refused(why)
         try:
@@ -204,6 +239,9 @@ class Freeze:
         return ""
 
     async def settle(self) -> str:
+        return ""
+
+    def unfinished(self) -> str:
         return ""
 
     async def rescue(self) -> None:

@@ -13,14 +13,25 @@ from pathlib import Path
 
 from criproxy import checkpoint, processes
 from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import Criu
+from criproxy.checkpoint import Criu, RestoreError
 from criproxy.entanglement import entanglement
 from criproxy.freezer import Freezer
+from criproxy.pages import Loader
+from criproxy.policy import Lazy
 from criproxy.sockets import UnixSocket
 
 log = logging.getLogger(__name__)
 
 FIND_SECONDS = 30.0
+LAZY_BYTES = 16 << 20
+"""From this much private memory on, whoever waits is served sooner if it is loaded after the restore (measured)."""
+
+SHARED_FACTOR = 1.25
+"""How much bigger than its memory a container's images may be before that means memory shared since a fork."""
+
+# In the checkpoint's folder: how much anonymous memory the container's cgroup had when it was dumped.
+_ANONYMOUS = "anonymous"
+
 END_SECONDS = 10.0
 """How long an application may take to end after its stop signal before it is killed (tier restart)."""
 
@@ -104,6 +115,7 @@ class Workload(Processes):
         criu: Criu,
         *,
         stop_signal: str = "SIGTERM",
+        lazy: Lazy = Lazy.AUTO,
     ) -> None:
         """`folder`: the container's own in the state directory."""
         super().__init__(container_id, init_pid, unix_sockets)
@@ -111,6 +123,8 @@ class Workload(Processes):
         self._images = folder / "checkpoint"
         self._limits = folder / "limits.json"
         self._stop_signal = stop_signal
+        self._lazy = lazy
+        self._loader: Loader | None = None
 
     async def find(self) -> None:
         deadline = time.monotonic() + FIND_SECONDS
@@ -130,23 +144,72 @@ class Workload(Processes):
 
     # --- what is done to it --------------------------------------------------------------------------------
 
-    async def dump(self) -> int:
-        await self._criu.dump(self.init_pid, self._images)
-        self._cgroup.reclaim()
+    async def dump(self, unless: asyncio.Event) -> int:
+        self._forget_loader()
+        anonymous = self._cgroup.anonymous()
+        await self._criu.dump(self.init_pid, self._images, unless)
+        (self._images / _ANONYMOUS).write_text(str(anonymous))
+        if not unless.is_set():
+            self._cgroup.reclaim()
         return sum(f.stat().st_size for f in self._images.iterdir())
 
-    async def restore(self) -> None:
+    async def restore(self, *, lazily: bool) -> None:
         with self._cgroup.lifted(self._limits):
-            await self._criu.restore(self.init_pid, self._images, self._cgroup)
+            self._loader = self._criu.loader(self._images) if lazily and self._pays() else None
+            try:
+                await self._criu.restore(self.init_pid, self._images, self._cgroup, self._loader)
+            except RestoreError:
+                self._forget_loader()
+                raise
+
+    def _pays(self) -> bool:
+        if self._lazy is not Lazy.AUTO:
+            return self._lazy is Lazy.ALWAYS
+        size = sum(path.stat().st_size for path in self._images.glob("pages-*.img"))
+        if size < LAZY_BYTES:
+            return False
+        # Pages that processes share since a fork are in the images once for each, and would be loaded so.
+        try:
+            anonymous = int((self._images / _ANONYMOUS).read_text())
+        except (FileNotFoundError, ValueError):
+            return False
+        return size < anonymous * SHARED_FACTOR
+
+    def kept(self) -> bool:
+        return checkpoint.complete(self._images)
+
+    def loading(self) -> bool:
+        loader = self._known_loader()
+        return loader is not None and not loader.loaded()
+
+    async def loaded(self) -> bool:
+        loader = self._known_loader()
+        if loader is None or await loader.ended():
+            return True
+        log.error("pid %d: what loads its memory has ended: %s", self.init_pid, loader.last_words())
+        return False
+
+    def _known_loader(self) -> Loader | None:
+        """Also one that an earlier daemon has started."""
+        if self._loader is None:
+            self._loader = Loader.adopt(self._images)
+        return self._loader
+
+    def _forget_loader(self) -> None:
+        if (loader := self._known_loader()) is not None:
+            loader.close()
+            self._loader = None
 
     async def verify(self) -> None:
         for remark in await self._criu.verify(self.init_pid, self._images):
             log.info("pid %d was restored differently: %s", self.init_pid, remark)
 
-    async def end(self) -> None:
+    async def end(self, *, at_once: bool = False) -> None:
         checkpoint.hold(self.init_pid)
         application = checkpoint.application_pid(self.init_pid)
-        if application is not None:
+        if at_once:
+            self._kill_remains()
+        elif application is not None:
             os.kill(application, signal.Signals[self._stop_signal])
         deadline = time.monotonic() + END_SECONDS
         while checkpoint.guard_pid(self.init_pid) is not None and time.monotonic() < deadline:
@@ -164,6 +227,7 @@ class Workload(Processes):
             checkpoint.release(self.init_pid)
 
     def discard(self) -> None:
+        self._forget_loader()
         checkpoint.discard(self._images)
 
     def _kill_remains(self) -> None:

@@ -1,6 +1,6 @@
 /* Build: gcc -shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -o prlimit.so prlimit.c   (setup.py does it)
  *
- * Preloaded into CRIU. Three of its calls to libc don't have the outcome that it needs:
+ * Preloaded into CRIU. Four of its calls to libc don't have the outcome that it needs:
  *
  * - prlimit64() of a process with another uid, where root lacks CAP_SYS_RESOURCE (containers as machines: LXC, nested
  *   sandboxes): "Can't get rlimit 0", and nothing that drops privileges can be dumped. /proc/PID/limits has the same numbers
@@ -12,6 +12,9 @@
  *   restored as the child of a helper, which then ends so that the daemon becomes the root's. But CRIU makes the root a
  *   subreaper only after that: the daemon would become the container's init's, outside of the tree, and the next dump
  *   wouldn't have it. It has its session before it has children; so it becomes a subreaper then.
+ * - splice(), with which a dump writes memory to the images, while somebody waits for the application: once there is a file
+ *   "given-up" in CRIU's working folder, it fails with ECANCELED. CRIU then does what it does when a disk is full: it gives
+ *   the dump up and lets the application go on.
  *
  * It guarantees: a call that only reads, and fails in exactly this way, gets the answer that it would get elsewhere. Every
  * other call and every other error passes unchanged; nothing that sets something is imitated. Only a child of CRIU's first
@@ -21,6 +24,7 @@
  * CRIU reads limits through libc's syscall(); libc's own prlimit() and prlimit64() are covered in case it changes.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -186,6 +190,15 @@ int getsockopt(int socket, int level, int option, void *restrict value, socklen_
 		return 0;
 	}
 	return result;
+}
+
+ssize_t splice(int in, off64_t *in_offset, int out, off64_t *out_offset, size_t length, unsigned flags)
+{
+	if (call(SYS_faccessat, AT_FDCWD, (long)"given-up", F_OK, 0, 0, 0) == 0) {
+		errno = ECANCELED;
+		return -1;
+	}
+	return call(SYS_splice, in, (long)in_offset, out, (long)out_offset, length, flags);
 }
 
 static pid_t first;

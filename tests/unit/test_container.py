@@ -10,7 +10,7 @@ import pytest
 
 from criproxy import container as container_module
 from criproxy import scaledown
-from criproxy.checkpoint import AttributesChanged, CheckpointError, RestoreError
+from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
 from criproxy.container import Container, Record, State
 from criproxy.freezer import FreezeError
 from criproxy.policy import Tier
@@ -28,6 +28,11 @@ class FakeWorkload:
         self.restore_errors: list[Exception] = []
         self.verify_error: Exception | None = None
         self.during_dump: Callable[[], None] = lambda: None
+        self.gives_up = True
+        self.has_images = True
+        self.load = asyncio.Event()
+        self.load.set()
+        self.pages_are_in = True
         self.entangled_with: str | None = None
         self.freeze_errors: list[Exception] = []
         self.during_freeze: Callable[[], None] = lambda: None
@@ -44,17 +49,29 @@ class FakeWorkload:
     def memory(self) -> int:
         return 1
 
-    async def dump(self) -> int:
+    async def dump(self, unless: asyncio.Event) -> int:
         await asyncio.sleep(0)
         self.log.append("dump")
         self.during_dump()
+        if self.gives_up and unless.is_set():
+            raise GivenUp("wanted")
         if self.dump_errors:
             raise self.dump_errors.pop(0)
         return 42
 
-    async def restore(self) -> None:
+    def kept(self) -> bool:
+        return self.has_images
+
+    def loading(self) -> bool:
+        return not self.load.is_set()
+
+    async def loaded(self) -> bool:
+        await self.load.wait()
+        return self.pages_are_in
+
+    async def restore(self, *, lazily: bool) -> None:
         await asyncio.sleep(0)
-        self.log.append("restore")
+        self.log.append("restore" if lazily else "restore all")
         if self.restore_errors:
             raise self.restore_errors.pop(0)
 
@@ -63,8 +80,8 @@ class FakeWorkload:
         if self.verify_error:
             raise self.verify_error
 
-    async def end(self) -> None:
-        self.log.append("end")
+    async def end(self, *, at_once: bool = False) -> None:
+        self.log.append("kill" if at_once else "end")
 
     async def start_afresh(self) -> None:
         self.log.append("start_afresh")
@@ -257,8 +274,25 @@ async def test_a_call_during_the_dump_is_served_after_it(make: Make) -> None:
     await asyncio.gather(*tasks)
 
 
-async def test_packets_during_the_dump_wake_at_once(make: Make) -> None:
+async def test_packets_during_the_dump_end_it_if_they_come_in_time(make: Make) -> None:
+    f = make(tiers=(Tier.CHECKPOINT, Tier.FREEZE))
+
+    def once() -> None:
+        f.workload.during_dump = lambda: None
+        f.packet()
+
+    f.workload.during_dump = once
+    await eventually(lambda: f.states[-2:] == [State.CHECKPOINTING, State.RUNNING])
+    # No failure: neither is another way tried, nor does it have to wait for another try.
+    assert (f.log[-2:], f.record.restores, f.record.checkpoints) == (["dump", "open"], 0, 0)
+    await f.until(State.SCALED_DOWN)
+    assert f.log.count("dump") == 2
+    assert "freeze" not in f.log
+
+
+async def test_packets_during_the_dump_wake_at_once_if_they_come_late(make: Make) -> None:
     f = make()
+    f.workload.gives_up = False
 
     def once() -> None:
         f.workload.during_dump = lambda: None
@@ -361,8 +395,46 @@ async def test_a_failed_restore_is_tried_again(make: Make) -> None:
     await f.until(State.SCALED_DOWN)
     f.packet()
     await f.until(State.RUNNING)
-    assert f.log.count("restore") == 2
+    assert [entry for entry in f.log if "restore" in entry] == ["restore", "restore all"]
     assert "start_afresh" not in f.log
+
+
+async def test_it_isnt_scaled_down_again_before_all_its_memory_is_there(make: Make) -> None:
+    f = make()
+    f.workload.load.clear()
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await f.until(State.RUNNING)
+    await asyncio.sleep(3 * DURATION)
+    assert f.record.state is State.RUNNING
+    assert f.container.reason() == "its memory is still being loaded"
+    assert "discard" not in f.log
+    f.workload.load.set()
+    await f.until(State.SCALED_DOWN)
+    assert f.log.index("discard") > f.log.index("verify")
+
+
+async def test_if_the_rest_of_its_memory_is_lost_it_is_killed_and_started_afresh(make: Make) -> None:
+    f = make()
+    f.workload.load.clear()
+    f.workload.pages_are_in = False
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await f.until(State.RUNNING)
+    f.workload.load.set()
+    await eventually(lambda: "its state was lost" in f.container.reason())
+    assert f.log[f.log.index("verify") :] == ["verify", "park_all", "kill", "start_afresh", "open", "discard"]
+
+
+async def test_an_adopted_container_waits_for_what_an_earlier_daemon_has_begun(make: Make) -> None:
+    f = make(state=State.RUNNING, tier="checkpoint")
+    f.workload.load.clear()
+    await eventually(lambda: "verify" in f.log)
+    await asyncio.sleep(3 * DURATION)
+    assert f.container.reason() == "its memory is still being loaded"
+    f.workload.load.set()
+    await f.until(State.SCALED_DOWN)
+    assert f.log[:3] == ["open", "verify", "discard"]
 
 
 async def test_a_restore_that_keeps_failing_starts_afresh_and_says_so(make: Make) -> None:
@@ -409,7 +481,7 @@ async def test_exit_releases_whoever_waits(make: Make) -> None:
     await f.until(State.SCALED_DOWN)
     release = asyncio.Event()
 
-    async def never() -> None:
+    async def never(*, lazily: bool) -> None:
         await release.wait()
 
     f.workload.restore = never  # type: ignore[method-assign]
