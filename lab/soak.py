@@ -301,6 +301,8 @@ class Soak:
     failures: list[Failure] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     """Checkpoints that failed: no client notices, but they shouldn't."""
+    frozen: dict[str, int] = field(default_factory=dict)
+    """How often an application was only frozen: such cycles are none of a checkpoint."""
     slowest: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -364,7 +366,7 @@ class Soak:
         self.console.say(f"{self.cycles} cycles ({each}), {requests} requests, {failures or 'none'} failed")
 
     def _judge(self, log: Sequence[str], cycles: int) -> None:
-        self.refused = [line for line in log if "checkpoint failed, it goes on" in line]
+        self.refused = [line for line in log if " failed, next try" in line]
         for conductor in self.conductors:
             ours = [line for line in log if conductor.container.id[:13] in line]
             self.failures += [
@@ -376,6 +378,7 @@ class Soak:
                 {"application": conductor.application.image, **vars(s), "history": list(_around(ours, s.at, s.seconds))}
                 for s in slowest
             ]
+            self.frozen[conductor.application.image] = sum("scaled down (freeze)" in line for line in ours)
             lost = [line for line in ours if "started afresh" in line or "internal error" in line]
             self.failures += [Failure(conductor.application.image, line[:23], 0, 0, "its log", line) for line in lost]
         if self.cycles < cycles:
@@ -411,6 +414,9 @@ class Soak:
             self.console.say(
                 f"{len(self.refused)} checkpoints failed, unnoticed by clients; the first: {self.refused[0]}"
             )
+        for name, count in self.frozen.items():
+            if count:
+                self.console.bad(f"{name} was frozen {count} times instead of being checkpointed")
         each = ", ".join(f"{c.application.image} {c.cycles}" for c in self.conductors)
         oldest = max(conductor.oldest_connection() for conductor in self.conductors)
         text = (
@@ -443,6 +449,7 @@ class Soak:
             "requests": self.requests,
             "oldest_connection_cycles": {c.application.image: c.oldest_connection() for c in self.conductors},
             "latencies_ms": latencies,
+            "frozen": self.frozen,
             "failed_checkpoints": self.refused,
             "slowest": self.slowest,
             "failures": [vars(failure) for failure in self.failures],
