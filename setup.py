@@ -138,7 +138,7 @@ MAKERS = {
     "init": lambda: native("init", "init", "-static"),
     "enter": lambda: native("enter", "enter", "-static"),
     "pages": lambda: native("pages", "pages", "-static"),
-    "prlimit": lambda: native("prlimit", "prlimit.so", "-shared", "-fPIC"),
+    "preload": lambda: native("preload", "preload.so", "-shared", "-fPIC"),
     "bpf": ebpf,
     "systemd": units,
 }

@@ -1,6 +1,6 @@
 """The bundle: the folder that is mounted read-only into containers, with our init and a CRIU that needs nothing else.
 
-It holds `init`, `enter`, `prlimit.so`, `criu`, the libraries which that links, the dynamic loader they belong to, and
+It holds `init`, `enter`, `preload.so`, `criu`, the libraries which that links, the dynamic loader they belong to, and
 `kdt`, what this CRIU knows of the running kernel: so CRIU starts in any image, also in one without a libc, and at once.
 Its path has the hash of its content: a folder that is there is complete and is never changed, whatever is upgraded,
 while containers that were started with it have it mounted. As kernel data is that of one boot, so is the folder.
@@ -42,8 +42,6 @@ INSIDE: Final = "/.criproxy"
 SUITE: Final = "trixie"
 """The Debian release whose CRIU is taken where the host has none that works: 4.1.1."""
 
-CAP_SYS_RESOURCE: Final = 24
-
 _PLUGINS: Final = "plugins"
 _KDAT: Final = "kdt"
 
@@ -74,8 +72,6 @@ class Bundle:
     path: Path
     version: str
     """CRIU's own, such as `4.1.1`."""
-    needs_prlimit: bool
-    """Whether CRIU has to be helped around a missing CAP_SYS_RESOURCE by the preloaded library."""
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -88,7 +84,7 @@ class Bundle:
         `inside` is where the process that starts CRIU sees the bundle. `/proc/self/fd/N`, with a descriptor of the
         folder that was opened on the host, works as well, and doesn't depend on the container's mounts.
         """
-        return _criu_argv(inside, self.needs_prlimit)
+        return _criu_argv(inside)
 
     @property
     def init(self) -> Path:
@@ -108,17 +104,16 @@ def build(criu_root: Path, libexec: Path, state_dir: Path) -> Bundle:
     CRIU, if a part is missing, or if `criu check` says that it doesn't work with this kernel.
     """
     criu_root, state_dir = criu_root.absolute(), state_dir.absolute()
-    needs_prlimit = not _has_capability(CAP_SYS_RESOURCE)
-    plain = _ours(libexec, needs_prlimit) | _criu(criu_root)
+    plain = _ours(libexec) | _criu(criu_root)
     content = plain | {"criu": _with_our_kernel_data(plain["criu"], criu_root)}
 
     def find_out(draft: Path) -> bytes:
-        version = _version(draft, needs_prlimit, criu_root)
+        version = _version(draft, criu_root)
         folder = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
         try:
             # By descriptor: the state folder may be out of sight in the host's mount namespace, or below /run.
             inside = f"/proc/self/fd/{folder}"
-            return kdat.make(_criu_argv(inside, needs_prlimit), _environment(inside), folder)
+            return kdat.make(_criu_argv(inside), _environment(inside), folder)
         except KdatError as error:
             raise BundleError(f"CRIU {version} of {criu_root} doesn't work here: {error}") from error
         finally:
@@ -126,7 +121,7 @@ def build(criu_root: Path, libexec: Path, state_dir: Path) -> Bundle:
 
     with _locked(state_dir):
         path = _store(state_dir / "bundles", content, plain["criu"], find_out)
-    return Bundle(path=path, version=_version(path, needs_prlimit, criu_root), needs_prlimit=needs_prlimit)
+    return Bundle(path=path, version=_version(path, criu_root))
 
 
 def prepare(
@@ -182,9 +177,9 @@ class _File:
     mode: int = 0o444
 
 
-def _ours(libexec: Path, needs_prlimit: bool) -> dict[str, _File]:
+def _ours(libexec: Path) -> dict[str, _File]:
     files = {}
-    parts = (("init", 0o555, True), ("enter", 0o555, False), ("prlimit.so", 0o444, needs_prlimit))
+    parts = (("init", 0o555, True), ("enter", 0o555, False), ("preload.so", 0o444, True))
     for name, mode, needed in parts:
         try:
             files[name] = _File((libexec / name).read_bytes(), mode)
@@ -369,9 +364,8 @@ def _sync(folder: Path) -> None:
 # --- How it is run ----------------------------------------------------------------------------------------------------
 
 
-def _criu_argv(inside: str, needs_prlimit: bool) -> list[str]:
-    preload = ["--preload", f"{inside}/prlimit.so"] if needs_prlimit else []
-    loader = [f"{inside}/ld.so", "--inhibit-cache", "--library-path", inside, *preload]
+def _criu_argv(inside: str) -> list[str]:
+    loader = [f"{inside}/ld.so", "--inhibit-cache", "--library-path", inside, "--preload", f"{inside}/preload.so"]
     return [*loader, f"{inside}/criu", "--no-default-config", "--libdir", f"{inside}/{_PLUGINS}"]
 
 
@@ -384,10 +378,10 @@ def _environment(inside: str) -> dict[str, str]:
     }
 
 
-def _version(path: Path, needs_prlimit: bool, root: Path) -> str:
+def _version(path: Path, root: Path) -> str:
     """`root` is where it is from."""
     try:
-        argv = [*_criu_argv(str(path), needs_prlimit), "--version"]
+        argv = [*_criu_argv(str(path)), "--version"]
         said = run.run(argv, env=_environment(str(path)), timeout=30).check().stdout.decode()
     except run.CommandError as error:
         raise BundleError(f"The CRIU of {root} can't be started: {error}") from error
@@ -395,13 +389,6 @@ def _version(path: Path, needs_prlimit: bool, root: Path) -> str:
         if line.startswith("Version:"):
             return line.removeprefix("Version:").strip()
     raise BundleError(f"The CRIU of {root} doesn't say its version.")
-
-
-def _has_capability(number: int) -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> number & 1)
-    return False
 
 
 __all__ = [

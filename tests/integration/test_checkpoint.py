@@ -412,7 +412,9 @@ async def test_a_criu_killed_in_the_middle_of_a_dump_leaves_nothing_hanging(
     """
     real = checkpoint._to_the_end
 
-    async def until_killed(running: run.Running, timeout: float) -> tuple[int | None, asyncio.CancelledError | None]:
+    async def until_killed(
+        running: run.Running, timeout: float, _loader: object = None
+    ) -> tuple[int | None, asyncio.CancelledError | None]:
         while timeout > 1 and not (images / "pages-2.img").exists():
             await asyncio.sleep(0)
         if timeout > 1 and who == "the time-out":

@@ -97,11 +97,12 @@ def test_something_else_that_is_called_criu(root: Path) -> None:
 
 def test_our_own_programs(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"init is missing.*`make`"):
-        bundle._ours(tmp_path, needs_prlimit=False)
+        bundle._ours(tmp_path)
     (tmp_path / "init").write_bytes(b"i")
-    assert bundle._ours(tmp_path, needs_prlimit=False).keys() == {"init"}
-    with pytest.raises(BundleError, match=r"prlimit\.so is missing"):
-        bundle._ours(tmp_path, needs_prlimit=True)
+    with pytest.raises(BundleError, match=r"preload\.so is missing"):
+        bundle._ours(tmp_path)
+    (tmp_path / "preload.so").write_bytes(b"p")
+    assert bundle._ours(tmp_path).keys() == {"init", "preload.so"}
 
 
 PLAIN = bundle._File(b"as it is", 0o555)
@@ -172,13 +173,12 @@ def test_nothing_is_left_of_a_bundle_that_could_not_be_made(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("needed", [False, True])
-def test_the_command_line_shuts_the_container_out(needed: bool) -> None:
-    made = Bundle(path=Path("/b"), version="4.1.1", needs_prlimit=needed)
+def test_the_command_line_shuts_the_container_out() -> None:
+    made = Bundle(path=Path("/b"), version="4.1.1")
     argv = made.criu_argv()
     assert argv[:4] == ["/.criproxy/ld.so", "--inhibit-cache", "--library-path", "/.criproxy"]
     assert argv[-4:] == ["/.criproxy/criu", "--no-default-config", "--libdir", "/.criproxy/plugins"]
-    assert ("/.criproxy/prlimit.so" in argv) is needed
+    assert "/.criproxy/preload.so" in argv
     assert made.criu_argv("/proc/self/fd/7")[0] == "/proc/self/fd/7/ld.so"
     assert made.environment["PATH"] == "/.criproxy/plugins"
 

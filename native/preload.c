@@ -1,4 +1,4 @@
-/* Build: gcc -shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -o prlimit.so prlimit.c   (setup.py does it)
+/* Build: gcc -shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -o preload.so preload.c   (setup.py does it)
  *
  * Preloaded into CRIU. Four of its calls to libc don't have the outcome that it needs:
  *
