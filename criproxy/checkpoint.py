@@ -263,6 +263,7 @@ class Criu:
                 await aftermath.gone(tree)
                 _resume_interrupted(images)
                 (images / _GIVEN_UP).unlink(missing_ok=True)
+                _pass_on(error)
                 return time.monotonic() - began
             aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
             reason = aftermath.unsupported(tree) or _sentence(error)
@@ -270,6 +271,7 @@ class Criu:
                 release(init_pid)
             given_up = (images / _GIVEN_UP).exists()
             discard(images)
+            _pass_on(error)
             if given_up:
                 raise GivenUp("somebody wants the container") from error
             raise CheckpointError(reason, getattr(error, "log", "")) from error
@@ -324,6 +326,7 @@ class Criu:
                     if guard_pid(init_pid) is not None:
                         release(init_pid)
         except (_Failed, OSError, LookupError, ValueError) as error:
+            _pass_on(error)
             raise RestoreError(_sentence(error), getattr(error, "log", "")) from error
         return time.monotonic() - began
 
@@ -396,11 +399,16 @@ class Criu:
             ended = f"ended with code {code}"
             if code is None and loader is not None and not loader.loaded():
                 raise _Failed(
-                    f"what loads its memory has ended: {loader.last_words()}", criu_log.tail(text), killed=True
+                    f"what loads its memory has ended: {loader.last_words()}",
+                    criu_log.tail(text),
+                    cancelled,
+                    killed=True,
                 )
             if code is None:
-                raise _Failed(f"CRIU took longer than {timeout:g} s and was ended", criu_log.tail(text), killed=True)
-            raise _Failed(criu_log.reason(text, ended), criu_log.tail(text))
+                raise _Failed(
+                    f"CRIU took longer than {timeout:g} s and was ended", criu_log.tail(text), cancelled, killed=True
+                )
+            raise _Failed(criu_log.reason(text, ended), criu_log.tail(text), cancelled)
         if cancelled is not None:
             raise cancelled
 
@@ -439,11 +447,26 @@ class _Enter:
 
 
 class _Failed(Exception):
-    def __init__(self, reason: str, log: str = "", *, killed: bool = False) -> None:
-        """`killed`: by us, after we had stopped the processes."""
+    def __init__(
+        self,
+        reason: str,
+        log: str = "",
+        cancelled: asyncio.CancelledError | None = None,
+        *,
+        killed: bool = False,
+    ) -> None:
+        """`cancelled`: what came while CRIU ran. `killed`: by us, after we had stopped the processes."""
         super().__init__(reason)
         self.log = log
+        self.cancelled = cancelled
         self.killed = killed
+
+
+def _pass_on(error: Exception) -> None:
+    """A cancellation isn't lost when CRIU fails meanwhile, as it does when the container is killed: who cancelled waits
+    for the end of the task."""
+    if isinstance(error, _Failed) and error.cancelled is not None:
+        raise error.cancelled
 
 
 def _beside(images: Path) -> Path:

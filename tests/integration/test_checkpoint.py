@@ -401,6 +401,20 @@ async def test_whoever_is_cancelled_waits_for_the_end(box: Callable[..., Box], c
             assert ask(connection, "GET key").endswith("value")
 
 
+async def test_whoever_is_cancelled_is_told_so_also_when_the_container_is_killed(
+    box: Callable[..., Box], criu: Criu, images: Path
+) -> None:
+    for milliseconds in range(2, 12, 3):
+        container = box(*REDIS)
+        dumping = asyncio.ensure_future(criu.dump(container.pid, images))
+        await asyncio.sleep(milliseconds / 1000)
+        assert not dumping.done()
+        os.kill(container.pid, signal.SIGKILL)
+        dumping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dumping
+
+
 @pytest.mark.parametrize("who", ["the time-out", "somebody"])
 async def test_a_criu_killed_in_the_middle_of_a_dump_leaves_nothing_hanging(
     who: str, box: Callable[..., Box], criu: Criu, images: Path, monkeypatch: pytest.MonkeyPatch
