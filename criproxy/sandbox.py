@@ -198,7 +198,8 @@ class Member:
     async def ended(self) -> None:
         """Waits until all that follows the container's exit has been done."""
         if self._ending is not None:
-            await self._ending
+            # Whoever waits may be cancelled; what follows the exit goes on.
+            await asyncio.shield(self._ending)
 
     async def close(self) -> None:
         self._forget_pidfd()
