@@ -102,6 +102,9 @@ class Workload(Protocol):
     async def find(self) -> None:
         """Waits until the application runs (its main process exists)."""
 
+    def ended(self) -> bool:
+        """Whether the container is gone, as far as its first process tells."""
+
     def visitors(self) -> str | None:
         """Processes in the container that aren't the application's (`kubectl exec`), in words, or None."""
 
@@ -266,6 +269,9 @@ class Container:
         except asyncio.CancelledError:
             raise
         except Exception:
+            if self._workload.ended():
+                # Killed while we were at it: `exited` follows at once.
+                return
             # A bug of ours must not take a container with it: it is left running and no longer touched.
             log.exception("%s: internal error, it is no longer scaled down", self)
             if self.record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):

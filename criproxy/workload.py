@@ -42,12 +42,16 @@ class Processes:
     def __init__(self, container_id: str, init_pid: int, unix_sockets: Callable[[], list[UnixSocket]]) -> None:
         """`init_pid`: the container's first process, on the host. `unix_sockets` tells those of its pod."""
         self.init_pid = init_pid
+        self._init = processes.Process.of(init_pid)
         self._cgroup = Cgroup.of(init_pid).whole(container_id)
         self._freezer = Freezer(self._cgroup)
         self._unix_sockets = unix_sockets
 
     async def find(self) -> None:
         """They are there as soon as the container is."""
+
+    def ended(self) -> bool:
+        return not self._init.alive()
 
     # --- what they are doing -------------------------------------------------------------------------------
 

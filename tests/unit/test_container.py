@@ -33,12 +33,16 @@ class FakeWorkload:
         self.load = asyncio.Event()
         self.load.set()
         self.pages_are_in = True
+        self.gone = False
         self.entangled_with: str | None = None
         self.freeze_errors: list[Exception] = []
         self.during_freeze: Callable[[], None] = lambda: None
 
     async def find(self) -> None:
         self.log.append("find")
+
+    def ended(self) -> bool:
+        return self.gone
 
     def visitors(self) -> str | None:
         return self.visitor
@@ -508,6 +512,27 @@ async def test_an_internal_error_leaves_it_running_with_an_open_gate(make: Make)
     assert "internal error" in f.container.reason()
     async with f.container.awake("exec"):
         pass
+
+
+@pytest.mark.parametrize("state", [State.CHECKPOINTING, State.RESTORING])
+async def test_a_container_that_is_killed_meanwhile_is_no_error(make: Make, state: State) -> None:
+    f = make()
+
+    async def killed(*_: object, **__: object) -> int:
+        f.workload.gone = True
+        raise ProcessLookupError("There is no process 7")
+
+    if state is State.CHECKPOINTING:
+        f.workload.dump = killed  # type: ignore[method-assign]
+    else:
+        f.workload.restore = killed  # type: ignore[method-assign,assignment]
+        await f.until(State.SCALED_DOWN)
+        f.packet()
+    await eventually(lambda: f.workload.gone)
+    await f.container.exited()
+    assert State.DISABLED not in f.states
+    assert "rescue" not in f.log
+    assert f.record.state is State.EXITED
 
 
 @pytest.mark.parametrize("state", [State.CHECKPOINTING, State.RESTORING])
