@@ -1,6 +1,6 @@
 /* Build: gcc -static -O2 -std=gnu11 -Wall -Wextra -pthread -o specimen specimen.c   (specimen.py does it)
  *
- * specimen PORT
+ * specimen [PORT [MEBIBYTES]]
  *
  * An application that does what a test tells it to. It speaks first ("ready\n", as MySQL, SSH and SMTP do), then answers
  * each line with one line; the commands are in obey(). To each UDP datagram it answers with the counter. At SIGTERM it writes "caught 15" to its stdout and ends with the
@@ -141,6 +141,16 @@ static void orphan(void)
 	waitpid(child, NULL, 0);
 }
 
+/* Memory that no two pages share. */
+static void fill(int mebibytes)
+{
+	size_t words = ((size_t)mebibytes << 20) / sizeof(size_t);
+	volatile size_t *memory = malloc(words * sizeof *memory);
+
+	for (size_t i = 0; i < words; i += 4096 / sizeof *memory)
+		memory[i] = i;
+}
+
 static int connect_outside(const char *path)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
@@ -240,13 +250,9 @@ static void obey(int client, const char *line)
 	else if (is(line, "orphans", &argument))
 		for (int i = 0; i < atoi(argument); i++)
 			orphan();
-	else if (is(line, "fill", &argument)) { /* MiB that no two pages share */
-		size_t bytes = (size_t)atoi(argument) << 20;
-		char *memory = malloc(bytes);
-
-		for (size_t i = 0; i < bytes; i += 4096)
-			memcpy(memory + i, &i, sizeof i);
-	} else if (is(line, "spin", &argument)) {
+	else if (is(line, "fill", &argument))
+		fill(atoi(argument));
+	else if (is(line, "spin", &argument)) {
 		spinning = 1;
 		start(spin);
 	} else if (is(line, "rest", &argument))
@@ -339,6 +345,8 @@ int main(int argc, char **argv)
 		perror("listen");
 		return 1;
 	}
+	if (argc > 2)
+		fill(atoi(argv[2]));
 	signal(SIGTERM, terminated);
 	signal(SIGPIPE, SIG_IGN);
 	for (int i = FIRST; i < FIRST + CLIENTS; i++)

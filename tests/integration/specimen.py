@@ -123,10 +123,13 @@ class Specimen:
         self.address = container.pod.ip
 
     @classmethod
-    def run(cls, pod: Pod, program: Path, name: str = "specimen", *, port: int = PORT, **options: Any) -> Specimen:
-        """Creates and starts it, and waits until it listens. `options` as for `create_container`."""
+    def run(
+        cls, pod: Pod, program: Path, name: str = "specimen", *, port: int = PORT, memory: int = 0, **options: Any
+    ) -> Specimen:
+        """Creates and starts it, and waits until it listens. `memory`: MiB that it holds from the start on. `options`
+        as for `create_container`."""
         mounts = {program.parent: INSIDE, **options.pop("mounts", {})}
-        command = [f"{INSIDE}/{program.name}", str(port)]
+        command = [f"{INSIDE}/{program.name}", str(port), str(memory)]
         container = pod.run("busybox", name, command=command, mounts=mounts, **options)
         eventually(lambda: "listening" in _log(container), "the specimen listens")
         return cls(container, port)
