@@ -259,8 +259,7 @@ class Container:
             while True:
                 # An adopted container may begin anywhere in here.
                 if self.record.state is State.RUNNING:
-                    await self._until_idle()
-                    if not await self._park():
+                    if not await self._park(await self._until_idle()):
                         continue
                     if not await self._scale_down():
                         continue
@@ -274,35 +273,50 @@ class Container:
                 return
             # A bug of ours must not take a container with it: it is left running and no longer touched.
             log.exception("%s: internal error, it is no longer scaled down", self)
-            if self.record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
+            await self._leave_alone()
+
+    async def _leave_alone(self) -> None:
+        """Each step does what it can, whatever becomes of the others: nobody may wait for this container for ever."""
+        if self.record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
+            try:
                 await self._method.rescue()
+            except Exception:
+                log.exception("%s: it could not be rescued", self)
+        try:
             self._gate.open()
-            self.record.reason = "internal error of criproxy, see its log"
-            await self._enter(State.DISABLED)
+        except Exception:
+            log.exception("%s: its gate could not be opened", self)
+        await self._enter(State.DISABLED, "internal error of criproxy, see its log")
 
     async def _enter(self, state: State, reason: str = "", *, soon: bool = False) -> None:
-        """`soon`: the record is written when this task waits next, not before."""
+        """`soon`: the record is written when this task waits next, not before. Raises Refused if that fails where the
+        next daemon would need it; elsewhere a full disk must not keep a container from coming back."""
         log.debug("%s: %s -> %s %s", self, self.record.state, state, reason)
         self.record.state = state
         self.record.since = time.time()
-        if reason or state is not State.DISABLED:
-            self.record.reason = reason
+        self.record.reason = reason
         if soon:
             asyncio.get_running_loop().call_soon(self._save, self.record)
         else:
-            self._save(self.record)
+            try:
+                self._save(self.record)
+            except OSError as error:
+                if state is State.CHECKPOINTING:
+                    raise Refused(f"its state can't be written to the disk: {error.strerror}") from error
+                log.error("%s: %s can't be written to the disk: %s", self, state, error)
         async with self._changed:
             self._changed.notify_all()
 
-    async def _until_idle(self) -> None:
-        """Running. Returns when the container has been idle for its duration and nothing else is in the way."""
+    async def _until_idle(self) -> float:
+        """Running. Returns when the container has been idle for its duration and nothing else is in the way: since when
+        (monotonic seconds)."""
         if self._duration == 0:
             await asyncio.Event().wait()
         self._cpu_sample = (time.monotonic(), self._workload.cpu_usage())
-        self._wanted.clear()
         while True:
             now = time.monotonic()
-            due = max(self.last_activity() + self._duration, min(a.retry_at for a in self._attempts))
+            idle_since = self.last_activity()
+            due = max(idle_since + self._duration, min(a.retry_at for a in self._attempts))
             if due > now:
                 self._cpu_sample = (now, self._workload.cpu_usage())
                 await asyncio.sleep(due - now)
@@ -310,7 +324,9 @@ class Container:
             busy = self._busy()
             if busy is None:
                 self.record.reason = ""
-                return
+                # Whoever wanted it until now has had it.
+                self._wanted.clear()
+                return idle_since
             self.record.reason = busy
             await asyncio.sleep(min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1]))
 
@@ -329,10 +345,13 @@ class Container:
         # before the gate is shut for new connections, not by shutting it again and again.
         return self._workload.visitors() or self._gate.silent() or self._gate.unsettled()
 
-    async def _park(self) -> bool:
-        """Closes the gate in two steps, so that no connection falls between kernel and checkpoint."""
+    async def _park(self, idle_since: float) -> bool:
+        """Closes the gate in two steps, so that no connection falls between kernel and checkpoint.
+
+        What came after `idle_since` counts, also while it was being looked whether the container is idle: a request
+        that is in the application's hands already shows nowhere else, and its client would wait for ever.
+        """
         await self._enter(State.PARKING)
-        idle_since = self.last_activity()
         self._gate.park_new()
         deadline = time.monotonic() + HANDSHAKE_SECONDS
         while (unsettled := self._gate.unsettled()) and time.monotonic() < deadline and not self._wanted.is_set():
@@ -365,9 +384,9 @@ class Container:
         """Scales down in one of the ways; `reasons` are those of the ways before, and gets this one's."""
         tier = attempt.method.tier
         self.record.tier = tier.value
-        await self._enter(State.CHECKPOINTING, "; ".join(reasons))
         began = time.monotonic()
         try:
+            await self._enter(State.CHECKPOINTING, "; ".join(reasons))
             self.record.checkpoint_bytes = await attempt.method.down(self._wanted)
         except Wanted:
             log.info(
@@ -392,8 +411,9 @@ class Container:
         return True
 
     async def _until_wanted(self) -> None:
-        while not self._holders and not self._gate.wanted():
+        if not self._holders and not self._gate.wanted():
             self._wanted.clear()
+            # Not looked at the gate again: where the parking was full, the packet that wants the container isn't in it.
             await self._wanted.wait()
 
     async def _bring_back(self) -> None:

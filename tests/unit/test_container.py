@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Sequence
 
@@ -710,3 +711,82 @@ async def test_an_internal_error_thaws(make: Make) -> None:
     f.gate.sockets_stay = broken  # type: ignore[method-assign]
     await f.until(State.DISABLED)
     assert f.log[-2:] == ["thaw", "open"]
+
+
+async def test_a_request_that_comes_while_idleness_is_looked_at_aborts_the_parking(make: Make) -> None:
+    f = make()
+
+    def silent() -> str | None:
+        # It is answered neither before nor after: to the sockets, all is quiet.
+        f.gate.silent = lambda: None  # type: ignore[method-assign]
+        f.gate.activity = time.monotonic()
+        return None
+
+    f.gate.silent = silent  # type: ignore[method-assign]
+    await eventually(lambda: "open" in f.log)
+    assert "dump" not in f.log
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_a_call_of_the_past_does_not_shut_the_gate_in_vain(make: Make) -> None:
+    f = make()
+    await f.until(State.RUNNING)
+    async with f.container.awake("exec"):
+        pass
+    await f.until(State.SCALED_DOWN)
+    assert "open" not in f.log
+
+
+async def test_a_packet_that_found_the_parking_full_wakes_all_the_same(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    f.container.packet()
+    await f.until(State.RUNNING)
+    assert not f.gate.packets
+
+
+@pytest.mark.parametrize("broken", ["rescue", "open"])
+async def test_nobody_waits_for_ever_for_what_could_not_be_rescued(make: Make, broken: str) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+
+    async def restore(*_: object, **__: object) -> None:
+        raise ValueError("bug")
+
+    def fail() -> None:
+        raise OSError("another")
+
+    async def rescue() -> None:
+        fail()
+
+    f.workload.restore = restore  # type: ignore[method-assign]
+    if broken == "rescue":
+        f.workload.rescue = rescue  # type: ignore[method-assign]
+    else:
+        f.gate.open = fail  # type: ignore[method-assign]
+    async with asyncio.timeout(5), f.container.awake("exec"):
+        assert f.record.state is State.DISABLED
+    assert ("open" if broken == "rescue" else "rescue") in f.log
+
+
+async def test_a_full_disk_keeps_no_container_asleep_and_lets_none_go_to_sleep(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container_module, "BACKOFF_SECONDS", (0.05, 0.05))
+    f = make()
+    full = True
+
+    def save(_: Record) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    f.container._save = save
+    await eventually(lambda: "No space left" in f.container.reason())
+    assert "dump" not in f.log
+    full = False
+    await f.until(State.SCALED_DOWN)
+    full = True
+    async with asyncio.timeout(5), f.container.awake("exec"):
+        assert f.record.state is State.RUNNING
+    await f.container.exited()
+    assert f.record.state is State.EXITED
