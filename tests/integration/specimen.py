@@ -72,7 +72,7 @@ class Connection:
         self._socket = socket.create_connection((address, port), timeout=timeout)
         self._file = self._socket.makefile("rb")
         try:
-            assert self._line() == "ready"
+            assert self.answer() == "ready"
         except BaseException:
             self.close()
             raise
@@ -84,7 +84,7 @@ class Connection:
 
     def ask(self, question: str) -> str:
         self._socket.sendall(f"{question}\n".encode())
-        return self._line()
+        return self.answer()
 
     def send(self, question: str) -> None:
         """Without waiting for the answer."""
@@ -97,7 +97,7 @@ class Connection:
         except ConnectionResetError:
             return True
 
-    def _line(self) -> str:
+    def answer(self) -> str:
         line = self._file.readline()
         if not line.endswith(b"\n"):
             raise ConnectionError(f"The connection ended after {line!r}")

@@ -1,0 +1,564 @@
+"""What kubelet does with a container, in whatever state it is: into it, to end it, and while the daemon restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from specimen import (
+    PORT,
+    QUICK,
+    Specimen,
+    comm,
+    container_pids,
+    eventually,
+    never,
+    seen,
+    status,
+    wait_for,
+)
+
+from criproxy.api import cri_pb2 as cri
+from lab.containerd import Containerd
+from lab.daemon import Daemon
+from lab.kubelet import Kubelet, Pod
+
+EXITED = cri.ContainerState.CONTAINER_EXITED
+RUNNING = cri.ContainerState.CONTAINER_RUNNING
+
+
+@pytest.fixture
+def pod(kubelet: Kubelet) -> Iterator[Pod]:
+    with kubelet.run_pod(annotations=QUICK) as running:
+        yield running
+
+
+@pytest.fixture
+def specimen(pod: Pod, program: Path) -> Specimen:
+    return Specimen.run(pod, program)
+
+
+def asleep(daemon: Daemon, specimen: Specimen) -> None:
+    wait_for(daemon, specimen.id, "scaled_down")
+
+
+# --- Into it ---------------------------------------------------
+
+
+def test_exec_sync_wakes(specimen: Specimen, daemon: Daemon) -> None:
+    specimen.tell("set kept")
+    asleep(daemon, specimen)
+    result = specimen.container.exec_sync("sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (result.stdout, result.stderr, result.exit_code) == ("out\n", "err\n", 7)
+    assert seen(daemon, specimen.id).restores == 1
+    # And sleeps again; the application never noticed.
+    asleep(daemon, specimen)
+    assert specimen.ask("get") == "kept"
+
+
+def test_an_exec_sync_keeps_it_awake_while_it_runs(specimen: Specimen, daemon: Daemon) -> None:
+    asleep(daemon, specimen)
+    running = threading.Thread(target=specimen.container.exec_sync, args=("sleep", "2"))
+    running.start()
+    try:
+        eventually(lambda: "exec is under way" in seen(daemon, specimen.id).reason, "the reason is shown")
+        never(lambda: seen(daemon, specimen.id).state == "scaled_down", "scaled down below an exec", seconds=1)
+        assert seen(daemon, specimen.id).checkpoints == 1
+    finally:
+        running.join()
+    asleep(daemon, specimen)
+
+
+def test_exec_wakes_and_keeps_it_awake_as_long_as_it_runs(specimen: Specimen, daemon: Daemon) -> None:
+    asleep(daemon, specimen)
+    with specimen.container.exec("sh", stdin=True) as shell:
+        shell.write(b"echo here\n")
+        shell.read_until(b"here\n")
+        assert seen(daemon, specimen.id).restores == 1
+        # The hold that comes with the call ends long before a session does; then the process itself is the reason.
+        eventually(
+            lambda: '"sh"' in seen(daemon, specimen.id).reason, "the session's process is the reason", timeout=20
+        )
+        never(lambda: seen(daemon, specimen.id).state == "scaled_down", "scaled down below a session", seconds=1)
+        shell.write(b"exit 5\n")
+        assert shell.exit_code() == 5
+    asleep(daemon, specimen)
+
+
+def test_attach_wakes_and_brings_what_it_writes(specimen: Specimen, daemon: Daemon) -> None:
+    asleep(daemon, specimen)
+    with specimen.container.attach() as attached:
+        assert seen(daemon, specimen.id).restores == 1
+        specimen.tell("say to whom it may concern")
+        attached.read_until(b"to whom it may concern\n")
+
+
+def test_port_forward_wakes(pod: Pod, specimen: Specimen, daemon: Daemon) -> None:
+    specimen.tell("set kept")
+    asleep(daemon, specimen)
+    with pod.port_forward(PORT) as forwarded:
+        forwarded.read_until(b"ready\n", 0)
+        forwarded.write(b"get\n", 0)
+        forwarded.read_until(b"kept\n", 0)
+    assert seen(daemon, specimen.id).restores == 1
+
+
+# --- An end to it, in every state ---------------------------------------------------
+
+STATES = ("running", "checkpointing", "scaled_down", "restoring")
+MEMORY = 200
+"""MiB that a specimen holds where a checkpoint or a restore is to be met on its way."""
+
+
+@contextlib.contextmanager
+def met_in(state: str, daemon: Daemon, kubelet: Kubelet, program: Path, *commands: str) -> Iterator[Specimen]:
+    """A specimen that is in that state as the block begins, after it has been told the commands."""
+    pod = kubelet.run_pod(annotations=QUICK)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: pod in kubelet.pods and pod.remove(grace=0))
+        specimen = Specimen.run(pod, program, memory=MEMORY if state in ("checkpointing", "restoring") else 0)
+        for command in commands:
+            specimen.tell(command)
+        if state == "restoring":
+            wait_for(daemon, specimen.id, "scaled_down", timeout=30)
+            knocking = stack.enter_context(socket.socket())
+            knocking.setblocking(False)
+            knocking.connect_ex((specimen.address, PORT))
+        wait_for(daemon, specimen.id, state, timeout=30)
+        yield specimen
+
+
+def timed(act: Callable[[], None]) -> float:
+    began = time.monotonic()
+    act()
+    return time.monotonic() - began
+
+
+def stop_sandbox(pod: Pod) -> None:
+    pod.kubelet.call(
+        "StopPodSandbox", cri.StopPodSandboxRequest(pod_sandbox_id=pod.id), cri.StopPodSandboxResponse, timeout=20
+    )
+
+
+def remove_sandbox(pod: Pod) -> None:
+    pod.kubelet.call(
+        "RemovePodSandbox", cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id), cri.RemovePodSandboxResponse, timeout=20
+    )
+    pod.id = ""
+
+
+def remove_container(pod: Pod) -> None:
+    pod.containers[0].remove()
+
+
+KILLS = {"RemoveContainer": remove_container, "StopPodSandbox": stop_sandbox, "RemovePodSandbox": remove_sandbox}
+MARGIN = 8.0
+"""Seconds that a call may take longer than without criproxy: it may have to wait for the end of a checkpoint of
+`MEMORY` on a busy machine. A call that waits in vain takes as long as its grace period, or for ever."""
+
+
+@pytest.fixture(scope="module")
+def without_us(containerd: Containerd, program: Path) -> dict[str, float]:
+    """How long each call takes on containerd itself."""
+    taken = {}
+    with Kubelet(containerd.endpoint, containerd) as direct:
+        for name, kill in (("StopContainer", lambda pod: pod.containers[0].stop(20)), *KILLS.items()):
+            pod = direct.run_pod()
+            Specimen.run(pod, program)
+            taken[name] = timed(lambda kill=kill, pod=pod: kill(pod))
+            pod.remove()
+    return taken
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_stop_container_delivers_the_stop_signal(
+    state: str, daemon: Daemon, kubelet: Kubelet, program: Path, without_us: dict[str, float], nothing_left: None
+) -> None:
+    with met_in(state, daemon, kubelet, program, "on-term 9") as specimen:
+        taken = timed(lambda: specimen.container.stop(20))
+        assert specimen.log[-1] == "caught 15"
+        found = specimen.container.status()
+        assert (found.state, found.exit_code) == (EXITED, 9)
+        assert taken < without_us["StopContainer"] + MARGIN
+        assert not container_pids(specimen.container)
+        # It is over: no longer shown, no memory of it on the disk.
+        assert specimen.id not in {c["container_id"] for c in daemon.status()}
+        assert not list(Path(daemon.state_dir, "containers", specimen.id).glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("call", KILLS)
+def test_what_kills_works_in_every_state(
+    call: str, state: str, daemon: Daemon, kubelet: Kubelet, program: Path, without_us: dict[str, float],
+    nothing_left: None,
+) -> None:  # fmt: skip
+    with met_in(state, daemon, kubelet, program) as specimen:
+        pod = specimen.container.pod
+        sandbox = pod.id
+        taken = timed(lambda: KILLS[call](pod))
+        assert taken < without_us[call] + MARGIN
+        assert specimen.id not in {c["container_id"] for c in daemon.status()}
+        assert not list(daemon.state_dir.glob(f"containers/{specimen.id}/checkpoint*"))
+        if call == "StopPodSandbox":
+            # kubelet may well name the dead container again.
+            request = cri.StopContainerRequest(container_id=specimen.id, timeout=20)
+            kubelet.call("StopContainer", request, cri.StopContainerResponse, timeout=10)
+            with pytest.raises(grpc.RpcError):
+                specimen.container.exec_sync("true")
+        if call == "RemovePodSandbox":
+            assert not [entry for entry in daemon.leftovers() if sandbox in entry or specimen.id in entry]
+
+
+def test_a_stop_at_any_moment_of_the_way_down(
+    pod: Pod, program: Path, daemon: Daemon, without_us: dict[str, float]
+) -> None:
+    for step in range(12):
+        specimen = Specimen.run(pod, program)
+        # From just before it is idle for its duration to when it is down.
+        time.sleep(0.27 + step * 0.007)
+        taken = timed(lambda specimen=specimen: specimen.container.stop(20))
+        assert (specimen.container.status().exit_code, specimen.log[-1]) == (0, "caught 15")
+        assert taken < without_us["StopContainer"] + MARGIN
+        specimen.container.remove()
+
+
+@pytest.mark.parametrize("state", ["running", "scaled_down"])
+def test_the_grace_period_ends_with_sigkill(state: str, daemon: Daemon, kubelet: Kubelet, program: Path) -> None:
+    with met_in(state, daemon, kubelet, program, "ignore-term") as specimen:
+        taken = timed(lambda: specimen.container.stop(1))
+        assert 1 <= taken < 1 + MARGIN
+        assert specimen.container.status().exit_code == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("state", ["running", "scaled_down"])
+def test_a_grace_of_zero_kills_at_once(state: str, daemon: Daemon, kubelet: Kubelet, program: Path) -> None:
+    with met_in(state, daemon, kubelet, program, "ignore-term") as specimen:
+        assert timed(lambda: specimen.container.stop(0)) < MARGIN
+        assert specimen.container.status().exit_code == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("state", ["running", "scaled_down"])
+def test_the_stop_signal_reaches_who_has_become_another_user(
+    state: str, daemon: Daemon, kubelet: Kubelet, program: Path
+) -> None:
+    def without_kill(config: cri.ContainerConfig) -> None:
+        config.linux.security_context.capabilities.drop_capabilities.append("KILL")
+
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        specimen = Specimen.run(pod, program, change=without_kill)
+        specimen.tell("on-term 4")
+        specimen.tell("become 65534")
+        init = status(specimen.init())
+        assert (init["Uid"].split()[0], status(specimen.pid())["Uid"].split()[0]) == ("0", "65534")
+        assert not int(init["CapEff"], 16) & 1 << 5
+        if state == "scaled_down":
+            asleep(daemon, specimen)
+        assert timed(lambda: specimen.container.stop(20)) < MARGIN
+        assert specimen.log[-1] == "caught 15"
+        assert specimen.log.count("caught 15") == 1
+        assert specimen.container.status().exit_code == 4
+
+
+def test_the_images_own_stop_signal(pod: Pod, daemon: Daemon) -> None:
+    container = pod.run("nginx")  # SIGQUIT
+    wait_for(daemon, container.id, "scaled_down")
+    container.stop(20)
+    assert container.status().exit_code == 0
+    assert "(SIGQUIT) received" in container.log.read_text()
+
+
+def test_the_next_attempt_of_a_container_is_scaled_down_too(pod: Pod, program: Path, daemon: Daemon) -> None:
+    for attempt in range(3):
+        specimen = Specimen.run(pod, program, attempt=attempt)
+        assert specimen.ask("count") == "1"
+        asleep(daemon, specimen)
+        assert specimen.ask("count") == "2"
+        specimen.end("exit 1")
+        assert specimen.container.wait().exit_code == 1
+
+
+def test_nothing_of_the_daemons_own_is_left_either(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    def descriptors() -> dict[str, int]:
+        found: dict[str, int] = {}
+        for link in Path(f"/proc/{daemon.service.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                kind = re.sub(r"\[?[0-9]+\]?", "", str(link.readlink()))
+                found[kind] = found.get(kind, 0) + 1
+        # The sockets of gRPC and of clients come and go.
+        return {kind: count for kind, count in found.items() if "bpf" in kind or "pidfd" in kind or "net" in kind}
+
+    def one() -> None:
+        with kubelet.run_pod(annotations=QUICK) as pod:
+            specimen = Specimen.run(pod, program)
+            asleep(daemon, specimen)
+            specimen.ask("count")
+
+    one()
+    before = descriptors()
+    for _ in range(3):
+        one()
+    assert descriptors() == before
+
+
+# --- Its own end ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("exit 0", 0), ("exit 3", 3), ("die 6", 134), ("die 9", 137), ("die 11", 139), ("die 15", 143)],
+)
+def test_exit_codes_after_a_cycle(command: str, code: int, specimen: Specimen, daemon: Daemon) -> None:
+    asleep(daemon, specimen)
+    specimen.ask("count")
+    asleep(daemon, specimen)
+    # Its last command wakes it: it ends right after a restore, and that looks like any end.
+    specimen.end(command)
+    found = specimen.container.wait()
+    assert found.exit_code == code
+    assert found.reason == ("Completed" if code == 0 else "Error")
+    assert specimen.id not in {c["container_id"] for c in daemon.status()}
+
+
+def test_orphans_are_reaped(specimen: Specimen, daemon: Daemon) -> None:
+    for _ in range(2):
+        specimen.tell("orphans 20")
+        eventually(lambda: len(container_pids(specimen.container)) == 3, "init, guard and application are left")
+        assert not [pid for pid in container_pids(specimen.container) if status(pid)["State"].startswith("Z")]
+        asleep(daemon, specimen)
+
+
+def test_short_lives(pod: Pod, daemon: Daemon) -> None:
+    """A container that has ended before its start is even answered is a container like any other."""
+    for code in range(15):
+        container = pod.run("busybox", "short", command=["sh", "-c", f"exit {code}"])
+        assert container.wait().exit_code == code
+        container.remove()
+    assert not [c for c in daemon.status() if c["container"] == "short"]
+
+
+# --- The daemon comes and goes ---------------------------------------------------
+
+
+def goes(daemon: Daemon, how: str) -> None:
+    if how == "SIGTERM":
+        daemon.stop()
+    else:
+        daemon.kill()
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_the_next_daemon_wakes_what_sleeps(how: str, specimen: Specimen, daemon: Daemon) -> None:
+    specimen.tell("set kept")
+    with specimen.connect() as connection:
+        assert connection.ask("count") == "1"
+        asleep(daemon, specimen)
+        before = seen(daemon, specimen.id)
+        goes(daemon, how)
+        assert [comm(pid) for pid in container_pids(specimen.container)] == ["init"]
+        daemon.start()
+        after = seen(daemon, specimen.id)
+        assert (after.state, after.checkpoints, after.restores) == ("scaled_down", before.checkpoints, before.restores)
+        assert specimen.ask("get") == "kept"
+        assert connection.ask("count") == "2"
+        asleep(daemon, specimen)
+        assert connection.ask("count") == "3"
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_what_comes_while_no_daemon_is_there_is_delivered(
+    how: str, kubelet: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    ports = {"criproxy.io/ports-map": f"specimen={PORT},{PORT}/udp"}
+    with kubelet.run_pod(annotations={**QUICK, **ports}) as pod, contextlib.ExitStack() as stack:
+        specimen = Specimen.run(pod, program)
+        connection = stack.enter_context(specimen.connect())
+        # A datagram is sent once: who gets an answer to it got it from the parking.
+        udp = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+        udp.settimeout(15)
+        asleep(daemon, specimen)
+        goes(daemon, how)
+        udp.sendto(b"?", (specimen.address, PORT))
+        connection.send("get")
+        late: list[str] = []
+        newcomer = threading.Thread(target=lambda: late.append(specimen.ask("get", timeout=20)))
+        newcomer.start()
+        daemon.start()
+        assert udp.recv(100) == b"1\n"
+        assert connection.answer() == "nothing"
+        newcomer.join()
+        assert late == ["nothing"]
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_what_ended_while_no_daemon_was_there(
+    how: str, kubelet: Kubelet, direct: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    pod = kubelet.run_pod(annotations=QUICK)
+    gone = Specimen.run(pod, program, "gone")
+    other = Specimen.run(pod, program, "other", port=PORT + 1)
+    asleep(daemon, gone)
+    asleep(daemon, other)
+    goes(daemon, how)
+    # Past criproxy, as the kernel's OOM killer or a person would.
+    direct.call("StopContainer", cri.StopContainerRequest(container_id=gone.id, timeout=0), cri.StopContainerResponse)
+    daemon.start()
+    assert {c["container"] for c in daemon.status()} == {"other"}
+    assert other.ask("count") == "1"
+    assert gone.container.status().exit_code == 137
+    pod.remove()
+
+
+def test_a_pod_that_was_removed_while_no_daemon_was_there(
+    kubelet: Kubelet, direct: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    pod = kubelet.run_pod(annotations=QUICK)
+    specimen = Specimen.run(pod, program)
+    asleep(daemon, specimen)
+    daemon.stop()
+    direct.call("StopPodSandbox", cri.StopPodSandboxRequest(pod_sandbox_id=pod.id), cri.StopPodSandboxResponse)
+    direct.call("RemovePodSandbox", cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id), cri.RemovePodSandboxResponse)
+    daemon.start()
+    assert not [entry for entry in daemon.leftovers() if pod.id in entry or specimen.id in entry]
+    pod.id = ""
+    pod.remove()
+
+
+# --- What pods ask for ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "hint"),
+    [
+        ("criproxy.io/scaledown-duration", "soon", "90s"),
+        ("criproxy.io/scaledown-duration", "10", '"10s" would be seconds'),
+        ("criproxy.io/scaledown-duraton", "10s", "did you mean criproxy.io/scaledown-duration?"),
+        ("criproxy.io/ports-map", "web:80", "name=80,81;other=8080"),
+        ("zeropod.ctrox.dev/scaledown-duration", "-5s", "negative"),
+        ("criproxy.io/disable-checkpointing", "perhaps", "true"),
+    ],
+)
+def test_a_bad_annotation_fails_the_pod_and_says_why(
+    annotation: str, value: str, hint: str, kubelet: Kubelet, nothing_left: None
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.run_pod(annotations={annotation: value})
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert annotation in caught.value.details()
+    assert hint in caught.value.details()
+    if "duraton" not in annotation:
+        assert value in caught.value.details()
+
+
+def test_zeropods_manifests_work(kubelet: Kubelet, program: Path, daemon: Daemon, containerd: Containerd) -> None:
+    annotations = {
+        "zeropod.ctrox.dev/scaledown-duration": "300ms",
+        "zeropod.ctrox.dev/container-names": "specimen",
+        "zeropod.ctrox.dev/ports-map": f"specimen={PORT}",
+        "zeropod.ctrox.dev/connect-timeout": "7s",
+    }
+    with kubelet.run_pod(annotations=annotations, runtime_handler="zeropod") as pod:
+        specimen = Specimen.run(pod, program)
+        other = Specimen.run(pod, program, "other", port=PORT + 1)
+        asleep(daemon, specimen)
+        assert specimen.ask("count") == "1"
+        assert other.id not in {c["container_id"] for c in daemon.status()}
+    assert "zeropod.ctrox.dev/connect-timeout has no meaning here" in daemon.service.output()
+
+
+def test_the_runtime_class_alone_opts_in(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    with kubelet.run_pod(runtime_handler="zeropod") as pod:
+        specimen = Specimen.run(pod, program)
+        eventually(lambda: "scales down after 60 s" in seen(daemon, specimen.id).reason, "the default duration is 1 m")
+
+
+def test_without_a_checkpoint_zeropods_way_is_a_fresh_start(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    annotations = {
+        "zeropod.ctrox.dev/scaledown-duration": "300ms",
+        "zeropod.ctrox.dev/disable-checkpointing": "true",
+    }
+    with kubelet.run_pod(annotations=annotations) as pod:
+        specimen = Specimen.run(pod, program)
+        init = specimen.init()
+        for cycle in range(1, 3):
+            specimen.tell("set state")
+            wait_for(daemon, specimen.id, "scaled_down")
+            # It got its stop signal and ended; the container didn't.
+            eventually(lambda: [comm(p) for p in container_pids(specimen.container)] == ["init"], "it has ended")
+            assert specimen.log == ["listening", "caught 15"] * cycle
+            assert specimen.container.status().state == RUNNING
+            assert specimen.ask("get") == "nothing"
+            assert specimen.init() == init
+        wait_for(daemon, specimen.id, "scaled_down")
+        # Ended already: a stop has nothing to wait for.
+        assert timed(lambda: specimen.container.stop(20)) < MARGIN
+
+
+def unsupported(name: str) -> Callable[[cri.PodSandboxConfig], None]:
+    def change(config: cri.PodSandboxConfig) -> None:
+        namespaces = config.linux.security_context.namespace_options
+        if name == "pid":
+            namespaces.pid = cri.NamespaceMode.POD
+        elif name == "network":
+            namespaces.network = cri.NamespaceMode.NODE
+            config.hostname = ""  # such pods have the host's
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [("tty", "terminal"), ("pid", "shareProcessNamespace"), ("network", "hostNetwork")]
+)
+def test_what_cannot_be_supported_runs_untouched_and_says_why(
+    what: str, reason: str, kubelet: Kubelet, daemon: Daemon
+) -> None:
+    annotations = {**QUICK, "criproxy.io/tier": "checkpoint"}
+    with kubelet.run_pod(annotations=annotations, change=unsupported(what)) as pod:
+        container = pod.run("busybox", command=["sleep", "600"], tty=what == "tty")
+        known = seen(daemon, container.id)
+        assert known.state == "disabled"
+        assert reason in known.reason
+        result = container.exec_sync("sh", "-c", "cat /proc/mounts; ls -a /")
+        assert ".criproxy" not in result.stdout
+        assert "criu.kdat" not in result.stdout
+        pod.remove(grace=0)
+
+
+def test_status_has_the_documented_keys(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    # Long enough for the command to be started before it is over.
+    with kubelet.run_pod(annotations={"criproxy.io/scaledown-duration": "3s"}) as pod:
+        shown(Specimen.run(pod, program), daemon)
+
+
+def shown(specimen: Specimen, daemon: Daemon) -> None:
+    keys = {
+        *("namespace", "pod", "container", "container_id", "state", "since", "last_activity", "memory_bytes"),
+        *("checkpoint_bytes", "checkpoints", "restores", "last_checkpoint_seconds", "last_restore_seconds", "reason"),
+        "tier",
+    }
+    first = next(c for c in daemon.status() if c["container_id"] == specimen.id)
+    assert set(first) == keys
+    assert (first["namespace"], first["container"]) == ("default", "specimen")
+    assert first["last_checkpoint_seconds"] is None
+    asleep(daemon, specimen)
+    down = daemon.container(specimen.id)
+    assert set(down) == keys
+    assert down["state"] == "scaled_down"
+    assert down["checkpoint_bytes"] > 0
+    assert down["memory_bytes"] < first["memory_bytes"]
+    assert 0 < down["last_checkpoint_seconds"] < 10
+    assert abs(down["since"] - time.time()) < 60
+    assert abs(down["last_activity"] - time.time()) < 60
+    assert down["reason"] == ""
+    specimen.ask("count")
+    up = daemon.container(specimen.id)
+    assert (up["restores"], up["checkpoint_bytes"]) == (1, 0)
+    assert up["last_restore_seconds"] > 0
+    assert up["reason"]
