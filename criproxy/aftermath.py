@@ -88,19 +88,6 @@ def rescue(tree: Sequence[Process], *, stopped: bool) -> None:
         send(tree, signal.SIGCONT)
 
 
-def unsupported(tree: Sequence[Process]) -> str | None:
-    """What the processes have open that CRIU can't dump, where its own message doesn't tell.
-
-    The kernel doesn't let io_uring's descriptors be copied to CRIU, which then says "Can't retrieve FDs".
-    """
-    for process in tree:
-        with contextlib.suppress(OSError):
-            for name in os.listdir(f"/proc/{process.pid}/fd"):
-                if os.readlink(f"/proc/{process.pid}/fd/{name}") == "anon_inode:[io_uring]":
-                    return f'"{processes.name(process.pid)}" uses io_uring, which CRIU can\'t dump'
-    return None
-
-
 def _end_repair(pid: int) -> None:
     pidfd = os.pidfd_open(pid)
     try:

@@ -33,9 +33,10 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from criproxy import aftermath, criu_log, interrupted, processes, run
+from criproxy import aftermath, criu_log, expired, interrupted, processes, run
 from criproxy.bundle import Bundle
 from criproxy.cgroup import Cgroup
+from criproxy.obstacles import obstacle
 from criproxy.pages import Loader
 from criproxy.processes import ThreadAttributes
 from criproxy.saved import AttributesChanged, Saved
@@ -266,7 +267,7 @@ class Criu:
                 _pass_on(error)
                 return time.monotonic() - began
             aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
-            reason = aftermath.unsupported(tree) or _sentence(error)
+            reason = obstacle(process.pid for process in tree) or _sentence(error)
             with contextlib.suppress(ProcessLookupError):
                 release(init_pid)
             given_up = (images / _GIVEN_UP).exists()
@@ -350,6 +351,8 @@ class Criu:
             # CRIU has the host's full rights and is visible in the container: who may trace it has them too.
             raise CheckpointError("the container has CAP_SYS_PTRACE, and could take over CRIU with it")
         pids = processes.tree(guard)
+        if (why := obstacle(pids)) is not None:
+            raise CheckpointError(why)
         return Saved(processes.ns_pid(guard), processes.attributes(pids)), aftermath.identify(pids)
 
     def _enter(
@@ -416,9 +419,10 @@ class Criu:
 def _resume_interrupted(images: Path) -> None:
     try:
         interrupted.resume(images)
+        expired.rearm(images)
     except (OSError, ValueError, DecodeError) as error:
         # As good a checkpoint as CRIU makes: some system calls will fail with EINTR.
-        log.warning("%s: interrupted system calls can't be resumed: %s", images, error)
+        log.warning("%s: interrupted waits can't be resumed: %s", images, error)
 
 
 def complete(images: Path) -> bool:

@@ -5,7 +5,8 @@ with a time limit go on with what is left of it, which the kernel keeps to itsel
 fail with EINTR. Without a signal handler in the way no kernel does that, and not every application knows what to do:
 MariaDB gives a connection up after ten of them. So, after a dump, each such wait is made to begin again:
 
-- poll(): with its whole time limit. It may end later than it would have, but never too early.
+- poll(): with its whole time limit. It may end later than it would have, but never too early. So do epoll_wait() and
+  the like, which any stop interrupts (signal(7)), but which few applications have ever seen interrupted.
 - nanosleep(), clock_nanosleep(): with what is left, which the kernel has told the caller. Where the caller didn't want
   to know, it stays EINTR: of a thread that sleeps in a loop, each cycle would prolong the sleep, for ever.
 - futex(): stays EINTR, for which its callers are prepared anyway.
@@ -17,41 +18,37 @@ before (the system call is restart_syscall() then) stays EINTR, for nothing tell
 from __future__ import annotations
 
 import errno
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from criproxy import images as image_files
 from criproxy.api import criu_pb2 as criu
 
 _X86_64: Final = 1
 _COMPAT: Final = 2
-_POLL, _NANOSLEEP, _CLOCK_NANOSLEEP = 7, 35, 230
+_NANOSLEEP, _CLOCK_NANOSLEEP = 35, 230
+_BEGUN_AGAIN: Final = {7, 65, 128, 208, 220, 232, 281, 441}
+"""poll, semop, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, epoll_pwait2."""
 _SYSCALL_BYTES: Final = 2
 """Length of the instruction `syscall`."""
 _EINTR: Final = (1 << 64) - errno.EINTR
-_COMMON_MAGIC: Final = 0x54564319
-_U32: Final = struct.Struct("<I")
 
 
 def resume(images: Path) -> int:
     """Changes a complete dump as described above; returns how many threads go on. Raises OSError, ValueError."""
     resumed = 0
-    for tree in (criu.Tree.FromString(entry) for entry in _entries((images / "pstree.img").read_bytes())):
+    for tree in (criu.Tree.FromString(entry) for entry in image_files.entries((images / "pstree.img").read_bytes())):
         process_pending: set[int] | None = None
         # The first thread's number is the process'.
         for thread in sorted(tree.threads, key=lambda thread: thread != tree.pid):
             path = images / f"core-{thread}.img"
             data = path.read_bytes()
-            core = criu.Core.FromString(next(_entries(data)))
+            core = criu.Core.FromString(next(image_files.entries(data)))
             if process_pending is None:
                 process_pending = set(_numbers(core.process.pending))
             if _resume(core, process_pending):
-                payload = core.SerializeToString()
-                # Renamed: whenever we are killed, one of both is there as a whole.
-                draft = path.with_suffix(".new")
-                draft.write_bytes(data[: _header(data)] + _U32.pack(len(payload)) + payload)
-                draft.replace(path)
+                image_files.replace(path, [core.SerializeToString()])
                 resumed += 1
     return resumed
 
@@ -67,7 +64,7 @@ def _resume(core: criu.Core, process_pending: set[int]) -> bool:
         registers.di = registers.si
     elif registers.orig_ax == _CLOCK_NANOSLEEP and registers.r10:
         registers.dx = registers.r10
-    elif registers.orig_ax != _POLL:
+    elif registers.orig_ax not in _BEGUN_AGAIN:
         return False
     registers.ax = registers.orig_ax
     registers.ip -= _SYSCALL_BYTES
@@ -76,22 +73,3 @@ def _resume(core: criu.Core, process_pending: set[int]) -> bool:
 
 def _numbers(signals: criu.Signals) -> Iterator[int]:
     return (int.from_bytes(signal.siginfo[:4], "little") for signal in signals.signals)
-
-
-def _entries(data: bytes) -> Iterator[bytes]:
-    """The messages of an image file. Raises ValueError if it isn't one."""
-    offset = _header(data)
-    while offset < len(data):
-        (size,) = _U32.unpack_from(data, offset)
-        offset += _U32.size
-        if offset + size > len(data):
-            raise ValueError("an image of CRIU ends in the middle of an entry")
-        yield data[offset : offset + size]
-        offset += size
-
-
-def _header(data: bytes) -> int:
-    """Where the first entry begins: behind a common magic number and the file's own."""
-    if len(data) < 2 * _U32.size or _U32.unpack_from(data)[0] != _COMMON_MAGIC:
-        raise ValueError("not an image of CRIU")
-    return 2 * _U32.size

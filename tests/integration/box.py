@@ -225,6 +225,8 @@ def _configuration(
             fresh("tmpfs", "/tmp", "nosuid", "mode=1777"),
             fresh("tmpfs", "/var", "nosuid", "mode=755"),
             fresh("tmpfs", "/dev/shm", "nosuid", "noexec", "nodev", "mode=1777"),
+            fresh("devpts", "/dev/pts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"),
+            fresh("mqueue", "/dev/mqueue", "nosuid", "noexec", "nodev"),
             fresh("sysfs", "/sys", "nosuid", "noexec", "nodev", "ro"),
             bind("/usr", "/usr", "ro"),
             bind(data, "/data"),

@@ -11,7 +11,7 @@ from criproxy.api import criu_pb2 as criu
 
 EINTR = (1 << 64) - errno.EINTR
 AT = 0x401002
-POLL, NANOSLEEP, FUTEX, CLOCK_NANOSLEEP, RESTART = 7, 35, 202, 230, 219
+POLL, EPOLL_WAIT, NANOSLEEP, FUTEX, CLOCK_NANOSLEEP, RESTART = 7, 232, 35, 202, 230, 219
 SIGTERM = 15
 
 
@@ -45,10 +45,11 @@ def resumed(tmp_path: Path, core: criu.Core) -> criu.RegistersX86 | None:
     return None
 
 
-def test_poll_begins_again_with_its_arguments(tmp_path: Path) -> None:
-    registers = resumed(tmp_path, thread(POLL, di=0x7000, si=1, dx=28_800_000))
+@pytest.mark.parametrize("call", [POLL, EPOLL_WAIT])
+def test_poll_begins_again_with_its_arguments(tmp_path: Path, call: int) -> None:
+    registers = resumed(tmp_path, thread(call, di=0x7000, si=1, dx=28_800_000))
     assert registers is not None
-    assert (registers.ax, registers.ip) == (POLL, AT - 2)
+    assert (registers.ax, registers.ip) == (call, AT - 2)
     assert (registers.di, registers.si, registers.dx) == (0x7000, 1, 28_800_000)
 
 
