@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from criproxy import checkpoint, processes
+from criproxy import aftermath, checkpoint, processes
 from criproxy.cgroup import Cgroup
 from criproxy.checkpoint import Criu, RestoreError
 from criproxy.entanglement import entanglement
@@ -212,16 +212,16 @@ class Workload(Processes):
         checkpoint.hold(self.init_pid)
         application = checkpoint.application_pid(self.init_pid)
         if at_once:
-            self._kill_remains()
+            await self._kill_remains()
         elif application is not None:
             os.kill(application, signal.Signals[self._stop_signal])
         deadline = time.monotonic() + END_SECONDS
         while checkpoint.guard_pid(self.init_pid) is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        self._kill_remains()
+        await self._kill_remains()
 
     async def start_afresh(self) -> None:
-        self._kill_remains()
+        await self._kill_remains()
         checkpoint.start(self.init_pid)
 
     async def rescue(self) -> None:
@@ -234,8 +234,9 @@ class Workload(Processes):
         self._forget_loader()
         checkpoint.discard(self._images)
 
-    def _kill_remains(self) -> None:
-        """Ends every process of the container but its init."""
-        for pid in self._cgroup.procs():
-            if pid != self.init_pid:
-                os.kill(pid, signal.SIGKILL)
+    async def _kill_remains(self) -> None:
+        """Ends every process of the container but its init, and waits until they are gone: what listens on the port of
+        the one to come, for instance, does so until its memory has been freed."""
+        remains = aftermath.identify([pid for pid in self._cgroup.procs() if pid != self.init_pid])
+        aftermath.send(remains, signal.SIGKILL)
+        await aftermath.gone(remains)
