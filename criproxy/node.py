@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from criproxy import cgroup, checkpoint, policy, processes
 from criproxy.bpf import BpfError
@@ -21,6 +23,8 @@ from criproxy.runtime import CriError, Runtime
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 log = logging.getLogger(__name__)
+
+_Record = TypeVar("_Record")
 
 
 class Node:
@@ -52,13 +56,17 @@ class Node:
         self.sandboxes[record.id] = sandbox
         if not record.problem:
             try:
-                record.netns = await self._netns(record.id)
+                # containerd may be away when a pod is adopted; where its network is doesn't change.
+                record.netns = record.netns or await self._netns(record.id)
+                # Before the act: a hook must not be left behind that no record tells of.
+                self._save(record)
                 await sandbox.attach()
             except Exception as error:
                 expected = isinstance(error, (NetworkError, BpfError, CriError, OSError))
                 record.problem = f"there is no hook in the pod's network: {error}"
                 log.warning("%s/%s: %s", record.namespace, record.name, record.problem, exc_info=not expected)
-        self._save(record)
+                with contextlib.suppress(OSError):
+                    self._save(record)
         return sandbox
 
     async def _netns(self, sandbox_id: str) -> str:
@@ -70,7 +78,7 @@ class Node:
     async def stopped_sandbox(self, sandbox_id: str) -> None:
         """The runtime has stopped the sandbox: its containers are dead, its network namespace is gone."""
         if sandbox := self.sandboxes.get(sandbox_id):
-            for member in sandbox.containers.values():
+            for member in list(sandbox.containers.values()):
                 await member.close()
             await sandbox.detach()
 
@@ -84,7 +92,14 @@ class Node:
     # --- containers come and go ----------------------------------------------------------------------------
 
     def add_container(self, sandbox: Sandbox, record: Record) -> Member:
-        return sandbox.add(record, self._container_folder / record.id)
+        """The runtime has made a container. What fails here must not tell kubelet otherwise."""
+        member = sandbox.add(record, self._container_folder / record.id)
+        try:
+            member.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            member.save()
+        except OSError as error:
+            member.disable(f"its state can't be written to the disk: {error.strerror}")
+        return member
 
     async def started_container(self, member: Member) -> None:
         """The runtime has started a container that is ours to scale down."""
@@ -100,60 +115,75 @@ class Node:
             member.save()
         except CriError as error:
             member.disable(f"its process is not known: {error}")
+        except Exception as error:
+            # It runs, and kubelet must not be told otherwise: it would start another one beside it.
+            expected = isinstance(error, (NetworkError, BpfError, LookupError, OSError))
+            log.warning("container %s is left alone: %s", record.id, error, exc_info=not expected)
+            member.disable(str(error))
 
     async def removed_container(self, container_id: str) -> None:
-        for sandbox in self.sandboxes.values():
-            if member := sandbox.containers.get(container_id):
-                await member.close()
-                self._forget(sandbox, container_id)
+        if member := self.member(container_id):
+            await member.close()
+            self._forget(self.sandboxes[member.record.sandbox_id], container_id)
 
     def _forget(self, sandbox: Sandbox, container_id: str) -> None:
-        member = sandbox.containers.pop(container_id)
-        shutil.rmtree(member.folder, ignore_errors=True)
+        # kubelet asks again while its first call is still at work.
+        if member := sandbox.containers.pop(container_id, None):
+            shutil.rmtree(member.folder, ignore_errors=True)
 
     # --- the daemon comes and goes -------------------------------------------------------------------------
 
     async def adopt(self) -> None:
-        """Carries on from what an earlier daemon left on disk, in pins and in the kernel."""
-        records = [
-            SandboxRecord(**json.loads(path.read_text())) for path in sorted(self._sandbox_folder.glob("*.json"))
-        ]
+        """Carries on from what an earlier daemon left on disk, in pins and in the kernel.
+
+        Without this daemon the node has no runtime: what can't be taken over is left as it is, and said so.
+        """
+        records = _read(self._sandbox_folder.glob("*.json"), lambda data: SandboxRecord(**data))
+        containers = _read(self._container_folder.glob("*/state.json"), Record.from_json)
         try:
             there = {sandbox.id for sandbox in await self._runtime.list_pod_sandboxes()}
         except CriError as error:
             log.warning("which pods are still there is not known, all are taken over: %s", error)
-            there = {record.id for record in records}
-        for record in records:
-            if record.id in there:
-                await self._adopt_sandbox(record)
-            else:
-                self._path(record.id).unlink()
+            there = {record.id for record in records.values()}
+        for path, record in sorted(records.items()):
+            if record.id not in there:
+                path.unlink()
                 PodNetwork.discard(self._pins / record.id)
-        known = {m.record.id for m in self.members()}
+                continue
+            try:
+                await self._adopt_sandbox(record, containers)
+            except Exception:
+                log.exception("%s/%s can't be taken over", record.namespace, record.name)
         for folder in self._container_folder.iterdir():
-            if folder.name not in known:
-                shutil.rmtree(folder)
+            state = folder / "state.json"
+            if (state in containers and containers[state].sandbox_id not in there) or not state.exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
-    async def _adopt_sandbox(self, record: SandboxRecord) -> None:
+    async def _adopt_sandbox(self, record: SandboxRecord, containers: Mapping[Path, Record]) -> None:
         sandbox = await self.add_sandbox(record)
-        for state in self._container_folder.glob("*/state.json"):
-            container = Record.from_json(json.loads(state.read_text()))
-            if container.sandbox_id == record.id:
-                try:
-                    await self._adopt_container(sandbox, container, state.parent)
-                except CriError as error:
-                    sandbox.containers[container.id].disable(f"it could not be taken over: {error}")
+        for state, container in containers.items():
+            if container.sandbox_id != record.id:
+                continue
+            member = sandbox.add(container, state.parent)
+            try:
+                await self._adopt_container(sandbox, member)
+            except Exception as error:
+                log.warning("container %s can't be taken over", container.id, exc_info=True)
+                # Not on disk: what is there is what the next daemon has to know, and it may do better.
+                container.state, container.reason = State.DISABLED, f"it could not be taken over: {error}"
 
-    async def _adopt_container(self, sandbox: Sandbox, record: Record, folder: Path) -> None:
-        member = sandbox.add(record, folder)
+    async def _adopt_container(self, sandbox: Sandbox, member: Member) -> None:
+        record, folder = member.record, member.folder
         if record.state is State.STARTING and not record.pid:
             if (await self._runtime.container_status(record.id)).running:
                 await self.started_container(member)
-        elif record.state not in (State.DISABLED, State.EXITED):
-            if not processes.alive(record.pid, record.start_time):
-                record.state = State.EXITED
-                member.save()
-                return
+        elif record.state in (State.DISABLED, State.EXITED):
+            sandbox.release(member)
+        elif not processes.alive(record.pid, record.start_time):
+            checkpoint.discard(folder / "checkpoint")
+            record.state = State.EXITED
+            sandbox.release(member)
+        else:
             cgroup.restore_limits(folder / "limits.json")
             record.state = _found(record)
             sandbox.start(member)
@@ -179,6 +209,17 @@ class Node:
         draft = self._path(record.id).with_suffix(".new")
         draft.write_text(record.to_json())
         draft.replace(self._path(record.id))
+
+
+def _read(paths: Iterable[Path], parse: Callable[[Any], _Record]) -> dict[Path, _Record]:
+    """The records that can be read. Another version's may not: those are left as they are."""
+    records = {}
+    for path in paths:
+        try:
+            records[path] = parse(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.error("%s can't be read: %s", path, error)
+    return records
 
 
 def _found(record: Record) -> State:

@@ -14,7 +14,7 @@ from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Container, Record, State
 from criproxy.gate import Gate
-from criproxy.network import NetworkError, Parked, PodNetwork
+from criproxy.network import NetworkError, Park, Parked, PodNetwork
 from criproxy.policy import Policy, Tier
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
 from criproxy.workload import Processes, Workload
@@ -96,10 +96,8 @@ class Sandbox:
     # --- its containers ------------------------------------------------------------------------------------
 
     def add(self, record: Record, folder: Path) -> Member:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         member = Member(record, folder)
         self.containers[record.id] = member
-        member.save()
         return member
 
     def start(self, member: Member) -> None:
@@ -134,6 +132,17 @@ class Sandbox:
         )
         gate.on_wanted = container.packet
         member.live(container, workload, gate)
+
+    def release(self, member: Member) -> None:
+        """The container has ended, or is left alone, and no gate of it is there: its slot is nobody's.
+
+        As the last daemon left it, the slot may still have its ports, and park what is sent to the next container.
+        """
+        if member.record.slot is not None and self._network is not None:
+            self._network.park(member.record.slot, Park.PASS)
+            self._network.assign(member.record.slot, ())
+        member.record.slot = None
+        member.note()
 
     def _workload(self, member: Member, network: PodNetwork) -> Processes:
         record = member.record
@@ -172,16 +181,16 @@ class Member:
         self._ending: asyncio.Task[None] | None = None
 
     def live(self, container: Container, workload: Processes, gate: Gate) -> None:
-        self.container, self.workload, self.gate = container, workload, gate
         # The init's end is the container's end, whoever caused it; a pidfd tells it under every runtime version.
         self._pidfd = os.pidfd_open(self.record.pid)
+        self.container, self.workload, self.gate = container, workload, gate
         asyncio.get_running_loop().add_reader(self._pidfd, self._init_ended)
         container.start()
 
     def disable(self, reason: str) -> None:
         """The container runs without us; `reason` says why, for people."""
         self.record.state, self.record.reason, self.record.tier = State.DISABLED, reason, ""
-        self.save()
+        self.note()
 
     def _init_ended(self) -> None:
         self._forget_pidfd()
@@ -190,10 +199,14 @@ class Member:
     async def _exited(self) -> None:
         assert self.container is not None
         assert self.gate is not None
-        await self.container.exited()
-        self.gate.close()
+        try:
+            await self.container.exited()
+            self.gate.close()
+        except Exception:
+            # Whoever removes the container waits for this, and must be able to.
+            log.exception("container %s: what follows its end failed", self.record.id)
         self.container = self.workload = self.gate = self.record.slot = None
-        self.save()
+        self.note()
 
     async def ended(self) -> None:
         """Waits until all that follows the container's exit has been done."""
@@ -213,6 +226,13 @@ class Member:
         draft = path.with_suffix(".new")
         draft.write_text(json.dumps(self.record.to_json(), indent=1))
         draft.replace(path)
+
+    def note(self) -> None:
+        """Saves where nothing depends on it: what happened has happened, and on a full disk, too."""
+        try:
+            self.save()
+        except OSError as error:
+            log.error("container %s: its state can't be written to the disk: %s", self.record.id, error)
 
     def _forget_pidfd(self) -> None:
         if self._pidfd is not None:

@@ -1,0 +1,237 @@
+"""Pods and containers as they come, go, and are found by the next daemon; no network, no processes of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import pytest
+
+from criproxy import node as node_module
+from criproxy import processes
+from criproxy import sandbox as sandbox_module
+from criproxy.checkpoint import Criu
+from criproxy.config import Config
+from criproxy.container import Record, State
+from criproxy.network import NetworkError, Park
+from criproxy.node import Node
+from criproxy.runtime import Runtime, Unreachable
+from criproxy.sandbox import Member, Sandbox, SandboxRecord
+
+GONE = 2**22 + 1
+"""No process has this number."""
+
+
+class Network:
+    """Notes what is asked of a pod's hook."""
+
+    made: ClassVar[list[Network]] = []
+    broken = False
+
+    def __init__(self, netns: Path) -> None:
+        self.netns = netns
+        self.log: list[tuple[object, ...]] = []
+
+    @classmethod
+    def attach(cls, netns: Path, pins: Path) -> Network:
+        if cls.broken:
+            raise NetworkError("no hook")
+        cls.made.append(cls(netns))
+        return cls.made[-1]
+
+    def on_parked(self, callback: object) -> None: ...
+
+    def close(self) -> None: ...
+
+    def park(self, slot: int, mode: Park, flows: object = ()) -> None:
+        self.log.append(("park", slot, mode))
+
+    def assign(self, slot: int, ports: object) -> None:
+        self.log.append(("assign", slot, ports))
+
+    @staticmethod
+    def discard(pins: Path) -> None: ...
+
+
+class FakeRuntime:
+    """A containerd that is there or not."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.there = ["pod"]
+        self.pid = os.getpid()
+
+    async def list_pod_sandboxes(self) -> list[Any]:
+        if self.away:
+            raise Unreachable("away")
+        return [SimpleNamespace(id=name) for name in self.there]
+
+    async def sandbox_status(self, _: str) -> Any:
+        if self.away:
+            raise Unreachable("away")
+        return SimpleNamespace(netns=Path("/netns"))
+
+    async def container_status(self, _: str) -> Any:
+        return SimpleNamespace(pid=self.pid, running=True)
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.fixture
+def make(tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(Network, "made", [])
+    monkeypatch.setattr(Network, "broken", False)
+    for module in (sandbox_module, node_module):
+        monkeypatch.setattr(module, "PodNetwork", Network)
+    config = Config(state_dir=tmp_path / "state")
+    return lambda: Node(config, cast(Runtime, runtime), cast(Criu, None), tmp_path / "pins")
+
+
+def pod() -> SandboxRecord:
+    return SandboxRecord("pod", "default", "web", {"criproxy.io/scaledown-duration": "1s"}, "")
+
+
+def container(**fields: Any) -> Record:
+    return Record(**{"id": "c1", "sandbox_id": "pod", "namespace": "default", "pod": "web", "name": "app", **fields})
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The containers whose state machine was started; none is."""
+    names: list[str] = []
+    monkeypatch.setattr(Sandbox, "start", lambda self, member: names.append(member.record.id))
+    return names
+
+
+async def test_a_pod_is_taken_over_while_containerd_is_away(make: Any, runtime: FakeRuntime) -> None:
+    await make().add_sandbox(pod())
+    runtime.away = True
+    node = make()
+    await node.adopt()
+    assert node.sandboxes["pod"].record.problem == ""
+    assert [network.netns for network in Network.made] == [Path("/netns")] * 2
+
+
+async def test_the_record_of_a_pod_is_there_before_its_hook(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def killed(_: Sandbox) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Sandbox, "attach", killed)
+    with pytest.raises(asyncio.CancelledError):
+        await make().add_sandbox(pod())
+    monkeypatch.undo()
+    node = make()
+    assert len(list(node._sandbox_folder.iterdir())) == 1
+
+
+async def test_what_can_not_be_read_keeps_neither_the_daemon_nor_the_rest_from_starting(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = started(monkeypatch)
+    monkeypatch.setattr(node_module, "_found", lambda record: State.SCALED_DOWN)
+    node = make()
+    sandbox = await node.add_sandbox(pod())
+    mine = {"pid": os.getpid(), "start_time": processes.start_time(os.getpid()), "state": State.SCALED_DOWN}
+    for name in ("c1", "c2", "c3"):
+        node.add_container(sandbox, container(id=name, **mine))
+    (node._container_folder / "c1" / "state.json").write_text("")
+    later = node._container_folder / "c2" / "state.json"
+    later.write_text(json.dumps(json.loads(later.read_text()) | {"a_key_of_a_later_version": 1}))
+    (node._sandbox_folder / "other.json").write_text("{")
+    node = make()
+    await node.adopt()
+    assert names == ["c3"]
+    # They may be asleep: what brings them back stays.
+    assert (node._container_folder / "c1").is_dir()
+    assert later.exists()
+
+
+async def test_a_container_that_can_not_be_taken_over_is_left_to_the_next_daemon(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise LookupError("it has no cgroup in sight")
+
+    monkeypatch.setattr(node_module, "_found", broken)
+    node = make()
+    mine = {"pid": os.getpid(), "start_time": processes.start_time(os.getpid()), "state": State.SCALED_DOWN}
+    node.add_container(await node.add_sandbox(pod()), container(**mine))
+    node = make()
+    await node.adopt()
+    member = node.member("c1")
+    assert member.record.state is State.DISABLED
+    assert "no cgroup" in member.record.reason
+    assert json.loads((member.folder / "state.json").read_text())["state"] == "scaled_down"
+
+
+@pytest.mark.parametrize("state", [State.SCALED_DOWN, State.EXITED])
+async def test_a_container_that_ended_without_a_daemon_leaves_nothing(make: Any, state: State) -> None:
+    node = make()
+    node.add_container(await node.add_sandbox(pod()), container(pid=GONE, slot=3, state=state))
+    images = node._container_folder / "c1" / "checkpoint"
+    if state is State.SCALED_DOWN:
+        images.mkdir()
+    node = make()
+    await node.adopt()
+    member = node.member("c1")
+    assert member.record.state is State.EXITED
+    assert member.record.slot is None
+    assert ("park", 3, Park.PASS) in Network.made[-1].log
+    assert ("assign", 3, ()) in Network.made[-1].log
+    assert not images.exists()
+
+
+async def test_what_belongs_to_no_pod_is_deleted(make: Any, runtime: FakeRuntime) -> None:
+    node = make()
+    node.add_container(await node.add_sandbox(pod()), container())
+    runtime.there = []
+    node = make()
+    await node.adopt()
+    assert list(node._container_folder.iterdir()) == list(node._sandbox_folder.iterdir()) == []
+
+
+async def test_a_container_runs_although_its_state_machine_can_not(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise LookupError("it has no cgroup in sight")
+
+    monkeypatch.setattr(Sandbox, "start", broken)
+    node = make()
+    member = node.add_container(await node.add_sandbox(pod()), container())
+    await node.started_container(member)
+    assert (member.record.state, member.record.reason) == (State.DISABLED, "it has no cgroup in sight")
+
+
+async def test_on_a_full_disk_pods_and_containers_come_and_go(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = make()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    sandbox = await node.add_sandbox(pod())
+    assert "No space left" in sandbox.record.problem
+    member = node.add_container(sandbox, container())
+    assert "No space left" in member.record.reason
+    await node.removed_container("c1")
+    # kubelet asks again.
+    await node.removed_container("c1")
+    assert node.member("c1") is None
+
+
+async def test_what_fails_after_a_container_s_end_does_not_keep_it_from_being_removed(tmp_path: Path) -> None:
+    class Broken:
+        async def exited(self) -> None:
+            raise OSError("bug")
+
+    member = Member(container(slot=1), tmp_path)
+    member.container = member.gate = cast(Any, Broken())
+    member._init_ended()
+    await member.ended()
+    assert member.container is member.record.slot is None
