@@ -58,7 +58,9 @@ class Interceptors:
             "StartContainer": self.start_container,
             "StopContainer": self.stop_container,
             "RemoveContainer": self.remove_container,
-            "ExecSync": self.exec_sync,
+            "ExecSync": self.into_container,
+            # What sleeps isn't in the archive that containerd would make.
+            "CheckpointContainer": self.into_container,
             "Exec": self.stream,
             "Attach": self.stream,
             "PortForward": self.port_forward,
@@ -201,19 +203,17 @@ class Interceptors:
             return await self._killed(call, [member])
         # Awake first, so that the application gets its stop signal and can save its state in the grace period.
         async with member.container.awake("StopContainer"):
-            delivery = asyncio.create_task(self._deliver_stop_signal(member))
-            try:
-                return await self._ended(call, member)
-            finally:
-                delivery.cancel()
+            self._deliver_stop_signal(member)
+            return await self._ended(call, member)
 
-    async def _deliver_stop_signal(self, member: Member) -> None:
+    @staticmethod
+    def _deliver_stop_signal(member: Member) -> None:
         """Where the init may not signal the application (another user, no CAP_KILL), we do it instead of it."""
-        workload = member.workload
-        if workload is not None and (pid := workload.out_of_reach()) is not None:
-            # containerd sends its signal to the init right away; the init can't, so nothing is delivered twice.
-            log.info("pid %d is out of the init's reach: %s from outside", pid, member.record.stop_signal)
-            workload.signal(pid, member.record.stop_signal)
+        # containerd sends its signal to the init right away; the init can't, so nothing is delivered twice.
+        with contextlib.suppress(ProcessLookupError):
+            if member.workload is not None and (pid := member.workload.out_of_reach()) is not None:
+                log.info("pid %d is out of the init's reach: %s from outside", pid, member.record.stop_signal)
+                member.workload.signal(pid, member.record.stop_signal)
 
     async def remove_container(self, call: Call) -> bytes:
         request = cri.RemoveContainerRequest.FromString(call.request)
@@ -246,11 +246,13 @@ class Interceptors:
 
     # --- into a container ----------------------------------------------------------------------------------
 
-    async def exec_sync(self, call: Call) -> bytes:
+    async def into_container(self, call: Call) -> bytes:
+        """ExecSync and CheckpointContainer: done when they are answered."""
+        # Both requests have the container's id in field 1.
         member = self._node.member(cri.ExecSyncRequest.FromString(call.request).container_id)
         if member is None or member.container is None:
             return await call.forward()
-        async with member.container.awake("exec"):
+        async with member.container.awake(call.name):
             return await call.forward()
 
     async def stream(self, call: Call) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -77,7 +78,9 @@ class Processes:
 
     @staticmethod
     def signal(pid: int, name: str) -> None:
-        os.kill(pid, signal.Signals[name])
+        """Sends a signal, as images name it, to a process that may have ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal_number(name))
 
     def _own(self) -> list[int]:
         """Init, what it has started, and what was left to its PID namespace's init (the pod's, where it is shared)."""
@@ -152,7 +155,9 @@ class Workload(Processes):
         self._forget_loader()
         anonymous = self._cgroup.anonymous()
         await self._criu.dump(self.init_pid, self._images, unless)
-        (self._images / _ANONYMOUS).write_text(str(anonymous))
+        # The processes are in the images now: a disk that is full must not make it look as if that had failed.
+        with contextlib.suppress(OSError):
+            (self._images / _ANONYMOUS).write_text(str(anonymous))
         if not unless.is_set():
             self._cgroup.reclaim()
         return sum(f.stat().st_size for f in self._images.iterdir())
@@ -214,7 +219,7 @@ class Workload(Processes):
         if at_once:
             await self._kill_remains()
         elif application is not None:
-            os.kill(application, signal.Signals[self._stop_signal])
+            self.signal(application, self._stop_signal)
         deadline = time.monotonic() + END_SECONDS
         while checkpoint.guard_pid(self.init_pid) is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -240,3 +245,14 @@ class Workload(Processes):
         remains = aftermath.identify([pid for pid in self._cgroup.procs() if pid != self.init_pid])
         aftermath.send(remains, signal.SIGKILL)
         await aftermath.gone(remains)
+
+
+def signal_number(name: str) -> int:
+    """An image's STOPSIGNAL, read as containerd does: `SIGQUIT`, `quit`, `3`, `SIGRTMIN+3`. SIGTERM if it is none."""
+    number = 0
+    if name.isdecimal():
+        number = int(name)
+    elif match := re.fullmatch(r"(?:SIG)?([A-Z0-9]+)([+-]\d+)?", name.upper()):
+        with contextlib.suppress(KeyError):
+            number = signal.Signals[f"SIG{match[1]}"] + int(match[2] or 0)
+    return number if 0 < number < signal.NSIG else signal.SIGTERM

@@ -1,0 +1,58 @@
+"""What an image's STOPSIGNAL means, and what doesn't undo a checkpoint. The rest needs real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from criproxy.workload import Processes, Workload, signal_number
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("SIGTERM", signal.SIGTERM),
+        ("SIGQUIT", signal.SIGQUIT),
+        ("QUIT", signal.SIGQUIT),
+        ("sigwinch", signal.SIGWINCH),
+        ("USR1", signal.SIGUSR1),
+        ("3", signal.SIGQUIT),
+        ("37", 37),
+        # systemd's
+        ("SIGRTMIN+3", signal.SIGRTMIN + 3),
+        ("RTMAX-14", signal.SIGRTMAX - 14),
+        ("SIGNOTHING", signal.SIGTERM),
+        ("99", signal.SIGTERM),
+        ("SIGRTMAX+1", signal.SIGTERM),
+        ("", signal.SIGTERM),
+    ],
+)
+def test_stop_signals_are_read_as_containerd_reads_them(name: str, number: int) -> None:
+    assert signal_number(name) == number
+
+
+def test_a_process_that_has_ended_needs_no_signal() -> None:
+    Processes.signal(2**22 + 1, "SIGTERM")
+
+
+async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dump(*_: object) -> None:
+        (tmp_path / "pages-1.img").write_bytes(b"1234")
+        monkeypatch.setattr(Path, "write_text", full)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    workload: Any = Workload.__new__(Workload)
+    workload.init_pid, workload._images, workload._loader = 1, tmp_path, None
+    workload._criu = SimpleNamespace(dump=dump)
+    workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None)
+    assert await workload.dump(asyncio.Event()) == 4
