@@ -33,7 +33,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from criproxy import aftermath, criu_log, expired, interrupted, processes, run
+from criproxy import aftermath, criu_log, expired, interrupted, processes, run, sysv
 from criproxy.bundle import Bundle
 from criproxy.cgroup import Cgroup
 from criproxy.obstacles import obstacle
@@ -249,7 +249,7 @@ class Criu:
             with ExitStack() as stack:
                 folder = _folder(images, stack)
                 # Not in the container's cgroups: it would be counted there, limited, and killed with the container.
-                enter = self._enter(init_pid, stack, cgroups=())
+                enter = self._enter(init_pid, stack, cgroups=(), in_ipc=not saved.sysv)
                 action = ["dump", "-t", str(saved.guard), *_images(folder, "dump.log"), *_OPTIONS, *_DUMP_OPTIONS]
                 if unless is not None:
                     stack.callback(asyncio.ensure_future(_give_up(images, unless)).cancel)
@@ -263,6 +263,7 @@ class Criu:
                 aftermath.send(tree, signal.SIGKILL)
                 await aftermath.gone(tree)
                 _resume_interrupted(images)
+                _take_over(init_pid, images, saved)
                 (images / _GIVEN_UP).unlink(missing_ok=True)
                 _pass_on(error)
                 return time.monotonic() - began
@@ -277,6 +278,7 @@ class Criu:
                 raise GivenUp("somebody wants the container") from error
             raise CheckpointError(reason, getattr(error, "log", "")) from error
         _resume_interrupted(images)
+        _take_over(init_pid, images, saved)
         # If it came too late, the restore mustn't find it.
         (images / _GIVEN_UP).unlink(missing_ok=True)
         return time.monotonic() - began
@@ -308,13 +310,26 @@ class Criu:
                     stack.callback(os.close, descriptor)
                 folder = _folder(images, stack)
                 pipes = _pipes(init_pid, stack)
-                enter = self._enter(init_pid, stack, cgroups=cgroup_fds, like=saved.attributes.get(saved.guard))
+                enter = self._enter(
+                    init_pid,
+                    stack,
+                    cgroups=cgroup_fds,
+                    like=saved.attributes.get(saved.guard),
+                    in_ipc=not saved.sysv,
+                )
                 action = ["restore", "--restore-detached", *_images(folder, "restore.log"), *_OPTIONS]
                 if loader is not None:
                     action.append("--lazy-pages")
                 for inode, descriptor in pipes.items():
                     action += ["--inherit-fd", f"fd[{descriptor}]:pipe:[{inode}]"]
-                fds = (*enter.fds, *cgroup_fds, folder, *pipes.values())
+                fds = [*enter.fds, *cgroup_fds, folder, *pipes.values()]
+                if saved.sysv:
+                    # What an attempt before has left, or a daemon that was killed.
+                    sysv.remove(init_pid, saved.sysv)
+                    namespace = os.open(f"/proc/{init_pid}/ns/ipc", os.O_RDONLY | os.O_CLOEXEC)
+                    stack.callback(os.close, namespace)
+                    action += ["--join-ns", f"ipc:/proc/self/fd/{namespace}"]
+                    fds.append(namespace)
                 try:
                     await self._run(
                         [*enter.argv, *action], fds, self._restore_timeout, images / "restore.log", loader=loader
@@ -325,6 +340,8 @@ class Criu:
                 finally:
                     # Also when cancelled after CRIU's success. If there is nothing, it isn't let go of.
                     if guard_pid(init_pid) is not None:
+                        with contextlib.suppress(OSError):
+                            sysv.delete_again(init_pid, saved.sysv)
                         release(init_pid)
         except (_Failed, OSError, LookupError, ValueError) as error:
             _pass_on(error)
@@ -353,11 +370,22 @@ class Criu:
         pids = processes.tree(guard)
         if (why := obstacle(pids)) is not None:
             raise CheckpointError(why)
-        return Saved(processes.ns_pid(guard), processes.attributes(pids)), aftermath.identify(pids)
+        try:
+            segments = sysv.used(init_pid, pids)
+        except sysv.Shared as error:
+            raise CheckpointError(str(error)) from error
+        return Saved(processes.ns_pid(guard), processes.attributes(pids), segments), aftermath.identify(pids)
 
     def _enter(
-        self, init_pid: int, stack: ExitStack, *, cgroups: Sequence[int], like: ThreadAttributes | None = None
+        self,
+        init_pid: int,
+        stack: ExitStack,
+        *,
+        cgroups: Sequence[int],
+        like: ThreadAttributes | None = None,
+        in_ipc: bool = True,
     ) -> _Enter:
+        """`in_ipc`: in the container's IPC namespace, too."""
         pidfd = _open_init(init_pid)
         stack.callback(os.close, pidfd)
         argv = [str(self._bundle.enter), "--pidfd", str(pidfd)]
@@ -366,6 +394,8 @@ class Criu:
         if like is not None:
             argv += ["--cpu-affinity", ",".join(map(str, sorted(like.affinity)))]
             argv += ["--oom-score-adj", str(like.oom_score_adj)]
+        if not in_ipc:
+            argv += ["--without", "ipc"]
         return _Enter([*argv, "--", *self._bundle.criu_argv()], (pidfd,))
 
     async def _run(
@@ -423,6 +453,16 @@ def _resume_interrupted(images: Path) -> None:
     except (OSError, ValueError, DecodeError) as error:
         # As good a checkpoint as CRIU makes: some system calls will fail with EINTR.
         log.warning("%s: interrupted waits can't be resumed: %s", images, error)
+
+
+def _take_over(init_pid: int, images: Path, saved: Saved) -> None:
+    """What the dumped processes leave in the container, and a restore makes again."""
+    if saved.sysv:
+        try:
+            sysv.keep_only(images, saved.sysv)
+            sysv.remove(init_pid, saved.sysv)
+        except (OSError, ValueError, DecodeError) as error:
+            log.warning("%s: System V segments can't be removed: %s", images, error)
 
 
 def complete(images: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Runs a function inside another network or mount namespace, in a thread of its own.
+"""Runs a function inside another network, IPC or mount namespace, in a thread of its own.
 
-The kernel keeps the namespaces (of these two kinds) per thread. The thread that changed its own is never used again:
+The kernel keeps the namespaces (of these kinds) per thread. The thread that changed its own is never used again:
 it ends with the function, so that there is no way back to get wrong, and the rest of the program never leaves the
 host's. What the function opens (netlink and packet sockets, pinned objects) stays bound to the namespace it was made in
 and may be used from any thread afterwards.
@@ -20,6 +20,7 @@ from typing import Final, TypeVar
 
 CLONE_FS: Final = 0x200
 CLONE_NEWNS: Final = 0x20000
+CLONE_NEWIPC: Final = 0x8000000
 CLONE_NEWNET: Final = 0x40000000
 
 MS_NOSUID: Final = 0x2
@@ -42,6 +43,15 @@ def in_network_namespace(where: Path | int, function: Callable[[], T]) -> T:
     namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _in_thread(lambda: _setns(namespace, CLONE_NEWNET, str(path)), function)
+    finally:
+        os.close(namespace)
+
+
+def in_ipc_namespace(pid: int, function: Callable[[], T]) -> T:
+    """Calls `function` inside the IPC namespace of a process; as `in_network_namespace`."""
+    namespace = os.open(f"/proc/{pid}/ns/ipc", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _in_thread(lambda: _setns(namespace, CLONE_NEWIPC, f"/proc/{pid}/ns/ipc"), function)
     finally:
         os.close(namespace)
 

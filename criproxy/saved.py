@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ class Saved:
     guard: int
     """The number of the tree's root in the container's PID namespace. So are those of the threads."""
     attributes: Mapping[int, ThreadAttributes]
+    sysv: Mapping[int, bool] = field(default_factory=dict)
+    """The System V segments that it maps, by number: whether they are deleted."""
 
     def write(self, path: Path) -> None:
         threads = {
             tid: asdict(thread) | {"affinity": sorted(thread.affinity)} for tid, thread in self.attributes.items()
         }
         draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps({"guard": self.guard, "threads": threads}))
+        draft.write_text(json.dumps({"guard": self.guard, "threads": threads, "sysv": self.sysv}))
         draft.replace(path)
 
     @classmethod
@@ -47,7 +49,8 @@ class Saved:
                 int(tid): ThreadAttributes(**fields | {"affinity": frozenset(fields["affinity"])})
                 for tid, fields in data["threads"].items()
             }
-            return cls(int(data["guard"]), threads)
+            sysv = {int(number): bool(deleted) for number, deleted in data.get("sysv", {}).items()}
+            return cls(int(data["guard"]), threads, sysv)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} isn't what criproxy has written: {error}") from error
 

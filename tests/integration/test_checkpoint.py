@@ -285,16 +285,6 @@ print("ready")
 while True:
     time.sleep(0.01)
 """,
-    "it uses System V shared memory": """
-import ctypes, time
-libc = ctypes.CDLL(None)
-libc.shmat.restype = ctypes.c_void_p
-shm = libc.shmget(1234, 4096, 0o1600)
-assert libc.shmat(shm, None, 0) not in (None, -1)
-print("ready")
-while True:
-    time.sleep(0.01)
-""",
     "a unix socket of it is connected to a process outside": """
 import socket, time
 s = socket.socket(socket.AF_UNIX)

@@ -6,10 +6,12 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import pg8000.native
 import pytest
 from specimen import AWAKE, PORT, QUICK, Specimen, comm, container_pids, eventually, never, seen, status, wait_for
 
-from lab import client
+from lab import client, dialogues
+from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet, Pod
 
@@ -73,6 +75,37 @@ def test_a_go_server_goes_on_counting(pod: Pod, daemon: Daemon) -> None:
     for request in range(2, 5):
         asleep(daemon, container)
         client.Service(pod.ip, 8080, client.http(wanted=f"hello {request}\n")).first_byte()
+
+
+def test_postgresql_with_its_shared_memory(pod: Pod, daemon: Daemon, containerd: Containerd) -> None:
+    """One session that is as old as the server, and a new one, with a process of its own, after each wake."""
+    containerd.load("postgresql")
+    container = pod.run("postgresql")
+    application = dialogues.APPLICATIONS["postgresql"]
+    eventually(lambda: _prepared(application, pod.ip), "it answers", timeout=30)
+    with application.open(_connected(pod.ip, application.port), "old") as old:
+        for cycle in range(1, 4):
+            asleep(daemon, container)
+            old.ask(cycle)
+            asleep(daemon, container)
+            with application.open(_connected(pod.ip, application.port), f"new {cycle}") as new:
+                new.ask(1)
+    asleep(daemon, container)
+    with _connected(pod.ip, application.port) as sock:
+        assert application.counts(sock, container) == {"old": 3, "new 1": 1, "new 2": 1, "new 3": 1}
+
+
+def _prepared(application: dialogues.Application, address: str) -> bool:
+    try:
+        with _connected(address, application.port) as sock:
+            application.prepare(sock)
+    except (OSError, pg8000.native.Error):
+        return False  # it isn't there yet
+    return True
+
+
+def _connected(address: str, port: int) -> socket.socket:
+    return socket.create_connection((address, port), timeout=dialogues.PATIENCE)
 
 
 # --- What wakes ---------------------------------------------------
