@@ -40,7 +40,8 @@ AWAKE: Mapping[str, str] = {"criproxy.io/scaledown-duration": "0"}
 
 
 def build(folder: Path) -> Path:
-    """Compiles the program into the folder."""
+    """Compiles the program into the folder, for every user."""
+    folder.chmod(0o755)
     target = folder / "specimen"
     options = ["-static", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
     subprocess.run(["gcc", *options, "-o", target, Path(__file__).with_suffix(".c")], check=True)
