@@ -12,306 +12,21 @@
  *  - Parked packets come back through lo with a private mark (`replay`) and pass even while the slot is parked, so that
  *    they can be delivered in their order before the first new one.
  *
+ *  - A slot's established connections are those in `flows` when it is parked. TCP of others passes (but for SYNs to its
+ *    ports): it is a neighbour's (a mesh's sidecar, with the application's port behind REDIRECT or TPROXY), or the kernel
+ *    finishes a connection that its owner has closed.
+ *
  * In the mode ALL pure ACKs are dropped, not kept: they carry nothing that TCP doesn't repeat (the restored socket sends
  * what it takes for unacknowledged, or a window probe, and is told again), an idle peer's keep-alives would fill the
- * ring buffer within hours, and passing them on to a namespace without the socket would answer them with RST. This is
- * the place where keep-alives will be answered: see `struct flow` and `probe()`.
+ * ring buffer within hours, and passing them on to a namespace without the socket would answer them with RST. Keep-alives
+ * are answered here as soon as the flow is STATED: see answer.h.
  *
  * Headers come from the UAPI alone and no BTF of the kernel is needed. Kernels: 6.1 to 6.18.
  */
-#include <linux/bpf.h>
-#include <linux/if_ether.h>
-#include <linux/if_packet.h>
-#include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
-#include <linux/pkt_cls.h>
-#include <linux/tcp.h>
-#include <linux/udp.h>
-
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
-
-#define LAYOUT 1      /* of the maps and of struct record; network.py refuses pins of another one */
-#define SLOTS 16      /* containers per pod */
-#define LO 1          /* the kernel gives every namespace's lo this ifindex */
-#define EXTENSIONS 8  /* IPv6 extension headers that are walked at most; a packet with more isn't looked at */
-#define FRAME 66560   /* an IPv6 packet with the longest payload there is without a jumbogram, and its link header */
+#include "answer.h"
+#include "packet.h"
 
 char LICENSE[] SEC("license") = "GPL";
-
-/*
- * NEW: SYNs are parked. ALL: everything is. WAKE: as ALL, but TCP packets without news pass, because the sockets are
- * there again: the ACK that completes the handshake of a SYN which was just sent again must arrive, or a client that
- * waits for the server's first word waits a second for nothing.
- */
-enum mode { PASS = 0, NEW = 1, ALL = 2, WAKE = 3 };
-
-/* Written by criproxy alone. */
-struct pod {
-	__u32 layout;
-	__u32 parking;  /* how many slots aren't in PASS: a shortcut for the packets of a running pod */
-	__u32 sysctls;  /* which settings of the namespace were changed (bits), for the way back */
-};
-
-/* Written by the programs alone. Times: CLOCK_MONOTONIC in ns, 0 for never. */
-struct slot {
-	__u64 last_in;
-	__u64 last_out;
-	__u64 parked;
-	__u64 parked_bytes;
-	__u64 overflowed;  /* didn't fit into the ring buffer; TCP sends it again */
-	__u64 dropped;     /* pure ACKs and keep-alives in the mode ALL */
-	__u64 quiet;       /* packets to quiet ports that found the slot parked */
-};
-
-/* Activity that no slot's port or flow explains (an outgoing connection, or another container): counts for all. */
-struct others {
-	__u64 last_in;
-	__u64 last_out;
-};
-
-struct port {
-	__be16 number;
-	__u8 proto;
-	__u8 zero;
-};
-
-#define QUIET 1 /* neither counts as activity nor wakes */
-
-struct owner {
-	__u32 slot;
-	__u32 flags;
-};
-
-/* Addresses are IPv6 or IPv4-mapped; local is the pod's end. */
-struct four {
-	__u32 local[4];
-	__u32 remote[4];
-	__be16 local_port;
-	__be16 remote_port;
-	__u8 proto;
-	__u8 zero[3];
-};
-
-#define LET_PASS 1 /* this connection isn't the slot's although its port is: never park it */
-#define STATED 2   /* the fields below are filled in */
-
-struct flow {
-	__u32 slot;
-	__u32 flags;
-	/* The sleeping socket's state, by which keep-alives are known (and will be answered). Host byte order. */
-	__u32 rcv_nxt;
-	__u32 snd_nxt;
-	__u32 window;
-	__u32 tsval;
-	__u64 tsval_at;
-};
-
-struct link {
-	__u32 mark;        /* for replay onto this link */
-	__u32 made_clsact; /* the qdisc was ours */
-	__u32 header;      /* length of the link header: 14, or 0 (tun, ipip, …) */
-};
-
-/* What the ring buffer holds: this header, then the frame as it came, from the link header on. */
-struct record {
-	__u32 slot;
-	__u32 ifindex;
-	__u32 length;   /* of the frame; what follows it is padding */
-	__u32 header;   /* length of the link header in it */
-	__u32 payload;  /* bytes of TCP or UDP payload */
-	__u16 gso_size; /* not 0: several segments (of this much payload) in one frame */
-	__u8 proto;
-	__u8 flags;     /* TCP's flags byte */
-	__u64 time;     /* CLOCK_MONOTONIC, ns */
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct pod);
-} pod SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, SLOTS);
-	__type(key, __u32);
-	__type(value, __u32);
-} modes SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, SLOTS);
-	__type(key, __u32);
-	__type(value, struct slot);
-} slots SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct others);
-} others SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1024);
-	__type(key, struct port);
-	__type(value, struct owner);
-} ports SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, struct four);
-	__type(value, struct flow);
-} flows SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 256);
-	__type(key, __u32);
-	__type(value, __u32);
-} replay SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 256);
-	__type(key, __u32);
-	__type(value, struct link);
-} links SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 19);
-} parked SEC(".maps");
-
-struct packet {
-	struct four four;
-	__u32 payload;
-	__u32 seq;
-	__u8 flags;
-};
-
-#define FIN 0x01
-#define SYN 0x02
-#define RST 0x04
-#define ACK 0x10
-
-static __always_inline long load(struct __sk_buff *skb, __u32 offset, void *to, __u32 length)
-{
-	/* From the network header: link headers differ, and on some links there is none. */
-	return bpf_skb_load_bytes_relative(skb, offset, to, length, BPF_HDR_START_NET);
-}
-
-/*
- * IPv6: from the fixed header's `next` to the transport header: its offset << 8 | its protocol, or 0: not for us.
- * (Not static: the verifier then looks at it once, not once for each way that leads here. It halves the loading time.)
- */
-__noinline __u32 walk(struct __sk_buff *skb, __u32 next)
-{
-	__u32 offset = sizeof(struct ipv6hdr);
-
-	for (int i = 0; i < EXTENSIONS; i++) {
-		__u8 head[4];
-
-		if (next == IPPROTO_TCP || next == IPPROTO_UDP)
-			return offset << 8 | next;
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS && next != IPPROTO_AH &&
-		    next != IPPROTO_FRAGMENT)
-			return 0;
-		if (load(skb, offset, head, 4))
-			return 0;
-		/* Only the first fragment tells ports. The others pass: they wait in the kernel's reassembly. */
-		if (next == IPPROTO_FRAGMENT && (((head[2] << 8) | head[3]) & 0xfff8))
-			return 0;
-		if (next == IPPROTO_AH)
-			offset += (head[1] + 2) * 4;
-		else if (next == IPPROTO_FRAGMENT)
-			offset += 8;
-		else
-			offset += (head[1] + 1) * 8;
-		next = head[0];
-	}
-	return 0;
-}
-
-/* 0: a TCP or UDP packet, described in `p`. */
-static __always_inline int parse(struct __sk_buff *skb, struct packet *p, int incoming)
-{
-	__u32 *source = incoming ? p->four.remote : p->four.local;
-	__u32 *target = incoming ? p->four.local : p->four.remote;
-	__u32 offset, end;
-	__be16 from, to;
-
-	if (skb->vlan_present) /* the VLAN's own link shows it again, untagged */
-		return -1;
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		struct iphdr ip;
-
-		if (load(skb, 0, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
-			return -1;
-		if (ip.frag_off & bpf_htons(0x1fff)) /* not the first fragment, as above */
-			return -1;
-		source[2] = target[2] = bpf_htonl(0xffff);
-		source[3] = ip.saddr;
-		target[3] = ip.daddr;
-		p->four.proto = ip.protocol;
-		offset = ip.ihl * 4;
-		end = bpf_ntohs(ip.tot_len);
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr ip;
-		__u32 found;
-
-		if (load(skb, 0, &ip, sizeof(ip)) || ip.version != 6)
-			return -1;
-		__builtin_memcpy(source, &ip.saddr, 16);
-		__builtin_memcpy(target, &ip.daddr, 16);
-		found = walk(skb, ip.nexthdr);
-		if (!found)
-			return -1;
-		offset = found >> 8;
-		p->four.proto = found & 0xff;
-		end = ip.payload_len ? sizeof(ip) + bpf_ntohs(ip.payload_len) : 0;
-	} else {
-		return -1;
-	}
-	if (!end) /* BIG TCP: the length is in the skb alone. Rounded up; it has payload for certain. */
-		end = skb->len;
-
-	if (p->four.proto == IPPROTO_TCP) {
-		struct tcphdr tcp;
-		__u32 headers;
-
-		if (load(skb, offset, &tcp, sizeof(tcp)) || tcp.doff < 5)
-			return -1;
-		from = tcp.source;
-		to = tcp.dest;
-		p->seq = bpf_ntohl(tcp.seq);
-		p->flags = ((__u8 *)&tcp)[13];
-		headers = offset + tcp.doff * 4;
-		p->payload = end > headers ? end - headers : 0;
-	} else if (p->four.proto == IPPROTO_UDP) {
-		struct udphdr udp;
-
-		if (load(skb, offset, &udp, sizeof(udp)))
-			return -1;
-		from = udp.source;
-		to = udp.dest;
-		p->payload = end > offset + sizeof(udp) ? end - offset - sizeof(udp) : 0;
-	} else {
-		return -1;
-	}
-	p->four.local_port = incoming ? to : from;
-	p->four.remote_port = incoming ? from : to;
-	return 0;
-}
 
 /* The slot of the packet's local end; 0: nobody's. `flow` is what is known of its connection, if anything. */
 static __always_inline int own(const struct four *four, struct owner *owner, struct flow **flow)
@@ -380,9 +95,27 @@ static __always_inline int active(const struct packet *p)
 	return p->four.proto == IPPROTO_UDP || p->payload || (p->flags & SYN);
 }
 
-static __always_inline void count(const struct packet *p, const struct owner *owner, int incoming)
+static __noinline int note(const struct four *four, int incoming, __u64 now)
 {
-	__u64 now = bpf_ktime_get_ns();
+	struct talk *known = bpf_map_lookup_elem(&talks, four), fresh = {};
+
+	if (known) {
+		if (incoming)
+			known->in = now;
+		else
+			known->out = now;
+		return 0;
+	}
+	if (incoming)
+		fresh.in = now;
+	else
+		fresh.out = now;
+	return bpf_map_update_elem(&talks, four, &fresh, BPF_ANY);
+}
+
+/* `owner` NULL: nobody's. A UDP port that isn't listed is nobody's and counts for none: DNS answers, mostly. */
+static __always_inline void count(const struct packet *p, const struct owner *owner, int incoming, __u64 now)
+{
 	__u32 key = 0;
 
 	if (owner) {
@@ -394,7 +127,7 @@ static __always_inline void count(const struct packet *p, const struct owner *ow
 			else
 				slot->last_out = now;
 		}
-	} else if (p->four.proto == IPPROTO_TCP) { /* a UDP port that isn't listed is nobody's: DNS answers, mostly */
+	} else if (p->four.proto == IPPROTO_TCP) {
 		struct others *other = bpf_map_lookup_elem(&others, &key);
 
 		if (other) {
@@ -492,7 +225,7 @@ int ingress(struct __sk_buff *skb)
 	struct flow *flow = NULL;
 	struct slot *counters;
 	struct pod *settings;
-	int replayed = 0, owned, counts;
+	int replayed = 0, owned, counts, opens;
 
 	/* Whoever sets a mark without knowing ours (CAP_NET_RAW suffices for setting) is treated as without it. */
 	if (mark && bpf_map_lookup_elem(&replay, &mark)) {
@@ -511,41 +244,59 @@ int ingress(struct __sk_buff *skb)
 		counts = 0;
 		p.payload = 0;
 	}
-	if (counts && skb->ifindex == LO) {
-		/* Both ends are the pod's. What one container sends another isn't activity of a third. */
-		struct four back = {.local_port = p.four.remote_port, .remote_port = p.four.local_port,
-				    .proto = p.four.proto};
-		struct owner sender = {};
-		struct flow *other;
-		int sent;
+	if (counts) {
+		__u64 now = bpf_ktime_get_ns();
 
-		__builtin_memcpy(back.local, p.four.remote, 16);
-		__builtin_memcpy(back.remote, p.four.local, 16);
-		sent = own(&back, &sender, &other);
-		if (sent)
-			count(&p, &sender, 0);
-		if (owned || !sent)
-			count(&p, owned ? &owner : NULL, 1);
-	} else if (counts) {
-		count(&p, owned ? &owner : NULL, 1);
+		if (p.four.proto == IPPROTO_TCP)
+			note(&p.four, 1, now);
+		if (skb->ifindex == LO) {
+			/* Both ends are the pod's. What one container sends another isn't activity of a third. */
+			struct four back = {.local_port = p.four.remote_port, .remote_port = p.four.local_port,
+					    .proto = p.four.proto};
+			struct owner sender = {};
+			struct flow *other;
+			int sent;
+
+			__builtin_memcpy(back.local, p.four.remote, 16);
+			__builtin_memcpy(back.remote, p.four.local, 16);
+			if (p.four.proto == IPPROTO_TCP)
+				note(&back, 0, now);
+			sent = own(&back, &sender, &other);
+			if (sent)
+				count(&p, &sender, 0, now);
+			if (owned || !sent)
+				count(&p, owned ? &owner : NULL, 1, now);
+		} else {
+			count(&p, owned ? &owner : NULL, 1, now);
+		}
 	}
 
-	if (replayed || !owned || (flow && (flow->flags & LET_PASS)))
+	if (replayed || !owned)
 		return TC_ACT_UNSPEC;
 	mode = bpf_map_lookup_elem(&modes, &owner.slot);
 	counters = bpf_map_lookup_elem(&slots, &owner.slot);
 	if (!mode || !counters || *mode == PASS)
 		return TC_ACT_UNSPEC;
-	if (*mode == NEW && (p.four.proto != IPPROTO_TCP || (p.flags & (SYN | ACK)) != SYN))
+	opens = p.four.proto == IPPROTO_TCP && (p.flags & (SYN | ACK)) == SYN;
+	if (*mode == NEW && !opens)
 		return TC_ACT_UNSPEC;
-	if (owner.flags & QUIET) {
-		__sync_fetch_and_add(&counters->quiet, 1);
-		return TC_ACT_SHOT;
-	}
-	if (p.four.proto == IPPROTO_TCP && !p.payload && !(p.flags & (SYN | FIN | RST))) {
-		if (*mode == WAKE)
+	if (p.four.proto == IPPROTO_TCP && !opens) {
+		if (!flow)
 			return TC_ACT_UNSPEC;
-		__sync_fetch_and_add(&counters->dropped, 1);
+		if (!p.payload && !(p.flags & (SYN | FIN | RST))) {
+			if (*mode == WAKE)
+				return TC_ACT_UNSPEC;
+			if ((flow->flags & STATED) && p.seq + 1 == flow->rcv_nxt && !answer(skb, flow)) {
+				__sync_fetch_and_add(&counters->answered, 1);
+				return bpf_redirect(skb->ifindex, skb->ifindex == LO ? BPF_F_INGRESS : 0);
+			}
+			__sync_fetch_and_add(&counters->dropped, 1);
+			return TC_ACT_SHOT;
+		}
+	}
+	/* The end of a quiet connection has to reach its socket, or the application keeps it for ever. */
+	if ((owner.flags & QUIET) && (p.four.proto == IPPROTO_UDP || opens || p.payload)) {
+		__sync_fetch_and_add(&counters->quiet, 1);
 		return TC_ACT_SHOT;
 	}
 	return park(skb, &p, owner.slot, counters);
@@ -557,6 +308,7 @@ int egress(struct __sk_buff *skb)
 	struct owner owner = {};
 	struct packet p = {};
 	struct flow *flow;
+	__u64 now;
 
 	if (skb->ifindex == LO) { /* counted on the way in */
 		__u32 mark = skb->mark;
@@ -566,6 +318,9 @@ int egress(struct __sk_buff *skb)
 	}
 	if (parse(skb, &p, 0) || !active(&p))
 		return TC_ACT_UNSPEC;
-	count(&p, own(&p.four, &owner, &flow) ? &owner : NULL, 0);
+	now = bpf_ktime_get_ns();
+	if (p.four.proto == IPPROTO_TCP)
+		note(&p.four, 0, now);
+	count(&p, own(&p.four, &owner, &flow) ? &owner : NULL, 0, now);
 	return TC_ACT_UNSPEC;
 }

@@ -69,7 +69,7 @@ _LAST_WORDS_SECONDS: Final = 0.5
 # The name is known to native/preload.c.
 _GIVEN_UP: Final = "given-up"
 
-_OPTIONS: Final = ("--tcp-established", "--file-locks", "--ext-unix-sk", "--manage-cgroups=ignore")
+_OPTIONS: Final = ("--file-locks", "--ext-unix-sk", "--manage-cgroups=ignore")
 # The lock is the pod's eBPF program. CRIU notes it in the images, and says so if it is given again for a restore.
 _DUMP_OPTIONS: Final = ("--network-lock", "skip", "--link-remap", "--ghost-limit", "64M")
 
@@ -225,12 +225,15 @@ class Criu:
         self._dump_timeout = dump_timeout
         self._restore_timeout = restore_timeout
 
-    async def dump(self, init_pid: int, images: Path, unless: asyncio.Event | None = None) -> float:
+    async def dump(
+        self, init_pid: int, images: Path, unless: asyncio.Event | None = None, *, close: bool = False
+    ) -> float:
         """Dumps the application of a container into the new folder `images` and ends its processes; returns how long.
 
         The container is held afterwards. Raises CheckpointError; then it isn't, and the application goes on. What was
         in `images` is older than the running application, and deleted. Cancelled, it takes as long and has the same
         effect. If `unless` is set before all memory is written, the dump is given up at once (GivenUp).
+        `close`: established TCP connections aren't dumped but end with the processes.
         """
         began = time.monotonic()
         discard(images)
@@ -251,6 +254,7 @@ class Criu:
                 # Not in the container's cgroups: it would be counted there, limited, and killed with the container.
                 enter = self._enter(init_pid, stack, cgroups=(), in_ipc=not saved.sysv)
                 action = ["dump", "-t", str(saved.guard), *_images(folder, "dump.log"), *_OPTIONS, *_DUMP_OPTIONS]
+                action.append(_tcp(close))
                 if unless is not None:
                     stack.callback(asyncio.ensure_future(_give_up(images, unless)).cancel)
                 await self._run(
@@ -291,13 +295,19 @@ class Criu:
             raise RestoreError(f"what loads its memory can't be started: {error}") from error
 
     async def restore(
-        self, init_pid: int, images: Path, cgroup: Cgroup | None = None, loader: Loader | None = None
+        self,
+        init_pid: int,
+        images: Path,
+        cgroup: Cgroup | None = None,
+        loader: Loader | None = None,
+        *,
+        close: bool = False,
     ) -> float:
         """Restores what `dump()` has dumped, in a container that is held, and lets go of it; returns how long.
 
         `cgroup`: the container's; without it, init's is looked up. The images stay. Raises RestoreError; then what was
         restored half is gone, and another try is possible. With a `loader` (which `loader()` has started) private
-        memory isn't restored, but loaded by it.
+        memory isn't restored, but loaded by it. `close` as it was for the dump: the application finds them closed.
         """
         began = time.monotonic()
         since = aftermath.ticks()
@@ -317,7 +327,7 @@ class Criu:
                     like=saved.attributes.get(saved.guard),
                     in_ipc=not saved.sysv,
                 )
-                action = ["restore", "--restore-detached", *_images(folder, "restore.log"), *_OPTIONS]
+                action = ["restore", "--restore-detached", *_images(folder, "restore.log"), *_OPTIONS, _tcp(close)]
                 if loader is not None:
                     action.append("--lazy-pages")
                 for inode, descriptor in pipes.items():
@@ -511,6 +521,10 @@ def _pass_on(error: Exception) -> None:
     for the end of the task."""
     if isinstance(error, _Failed) and error.cancelled is not None:
         raise error.cancelled
+
+
+def _tcp(close: bool) -> str:
+    return "--tcp-close" if close else "--tcp-established"
 
 
 def _beside(images: Path) -> Path:

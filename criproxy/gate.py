@@ -6,14 +6,21 @@ The pod's hook (`network.PodNetwork`) is shared by the pod's containers; a gate 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
-from criproxy.network import Park, Parked, PodNetwork
+from criproxy import packet
+from criproxy.network import PodNetwork
+from criproxy.pod_maps import Activity, Park, Parked, Stream
 from criproxy.policy import Port
-from criproxy.sockets import Socket
+from criproxy.sockets import Flow, Socket
 
 log = logging.getLogger(__name__)
+
+QUIET_SECONDS: Final = 1.0
+"""How long a request to a quiet port, which is under way when all else is idle, holds a scale-down up."""
 
 
 class Gate:
@@ -23,80 +30,116 @@ class Gate:
         slot: int,
         *,
         declared: frozenset[Port],
+        quiet: frozenset[Port] = frozenset(),
+        preserve: bool = True,
         socket_inodes: Callable[[], set[int]],
+        request_timeout: float,
         parking_packets: int,
         parking_bytes: int,
     ) -> None:
-        """`socket_inodes` tells which sockets of the pod are the container's; the limits bound what is parked."""
+        """`socket_inodes` tells which sockets of the pod are the container's; the limits bound what is parked.
+
+        `quiet`: ports of the pod whose traffic neither wakes nor counts. `request_timeout`: seconds for which a request
+        without its answer holds the container awake; 0: it doesn't. `preserve`: connections outlive a checkpoint.
+        """
         self._network = network
         self._slot = slot
         self._declared = declared
+        self._quiet = quiet
+        self._preserve = preserve
         self._socket_inodes = socket_inodes
+        self._request_timeout = request_timeout
         self._packet_limit, self._byte_limit = parking_packets, parking_bytes
         self._parked: deque[Parked] = deque()
         self._parked_bytes = 0
-        self._ports: frozenset[Port] = frozenset()
+        self._flows: list[Flow] = []
+        self._parked_segments: set[bytes] = set()
+        # An adopted slot has them already; what it listened on while it ran can't be seen while it sleeps.
+        self._ports, self._quiet_ports = network.ports(slot)
         self.overflowed = 0
         """Packets that found the parking full. TCP sends them again by itself."""
         self.on_wanted: Callable[[], None] = lambda: None
-        self._assign(declared)
+        self._assign(self._ports | declared - quiet, self._quiet_ports & quiet)
 
     # --- what the hook tells -------------------------------------------------------------------------------
 
-    def park(self, packet: Parked) -> None:
+    def park(self, parked: Parked) -> None:
         """Takes a packet that the hook parked for this container."""
-        if len(self._parked) >= self._packet_limit or self._parked_bytes + len(packet.frame) > self._byte_limit:
+        segment = packet.identity(parked.frame, parked.payload)
+        if parked.rst:
+            # Whatever the peer has sent before, it wants no answer to it any more.
+            self._drop(packet.endpoints(parked.frame))
+        if segment is not None and segment in self._parked_segments:
+            log.debug("slot %d: sent once more: %s", self._slot, parked)
+        elif len(self._parked) >= self._packet_limit or self._parked_bytes + len(parked.frame) > self._byte_limit:
             if not self.overflowed:
                 log.warning("slot %d: the parking is full, TCP has to send again", self._slot)
             self.overflowed += 1
         else:
-            self._parked.append(packet)
-            self._parked_bytes += len(packet.frame)
-        if packet.wakes:
+            self._parked.append(parked)
+            self._parked_bytes += len(parked.frame)
+            if segment is not None:
+                self._parked_segments.add(segment)
+        if parked.wakes:
             self.on_wanted()
 
     def last_activity(self) -> float:
-        return self._network.last_activity(self._slot)
+        activity = self._network.activity(self._slot)
+        if activity.others <= activity.own:
+            return activity.own
+        return max(activity.own, self._outgoing(activity))
 
     # --- what the state machine asks (container.Gate) ------------------------------------------------------
 
     def silent(self) -> str | None:
-        listening = {s.port for s in self._own_sockets() if s.listening}
-        missing = {port for port in self._declared if port.proto == "tcp"} - listening
-        ports = self._declared | listening
+        own = self._own_sockets()
+        listening = {s.port for s in own if s.listening}
+        bound = listening | {s.port for s in own if s.proto == "udp"}
+        ports = (self._declared | listening) - self._quiet
         # Without any, those that it had stay: while it is started afresh, packets for them have to be parked, where the
         # kernel would refuse the connections.
         if ports:
-            self._assign(ports)
-        if missing:
+            self._assign(ports, bound & self._quiet)
+        if missing := self._declared - bound:
             return f"doesn't listen on {', '.join(sorted(map(str, missing)))} (yet)"
         if not ports:
             return "listens on no port, so no packet could wake it"
         return None
 
     def unsettled(self) -> str | None:
+        for s in self._network.sockets(["tcp"]):
+            # A handshake has no inode yet; its port tells whose it is. Looked for first, for it ends in a queue.
+            if s.state == "SYN_RECV" and s.port in self._ports | self._quiet_ports:
+                return f"a handshake on port {s.port} is under way"
         own = self._own_sockets()
+        listening = {s.port for s in own if s.listening}
         for s in own:
             if s.listening and s.receive_queue:
                 return f"a connection to port {s.port} waits to be accepted"
+            if s.state == "SYN_SENT":
+                return f"a connection to {_address(s)} is being opened"
             if not s.listening and s.send_queue:
                 return f"data to {s.remote[0]} is not acknowledged yet"
-        for s in self._network.sockets():
-            # A handshake has no inode yet; its port tells whose it is.
-            if s.state == "SYN_RECV" and s.port in self._ports:
-                return f"a handshake on port {s.port} is under way"
+            if busy := self._busy(s, incoming=s.port in listening):
+                return busy
         return None
 
     def wanted(self) -> bool:
-        return any(packet.wakes for packet in self._parked)
+        return any(parked.wakes for parked in self._parked)
 
     def park_new(self) -> None:
         self._network.park(self._slot, Park.NEW)
 
     def park_all(self) -> None:
-        # Outgoing connections have ports that are in nobody's list: each is named by its four-tuple.
-        flows = [s.flow for s in self._own_sockets() if s.connected]
-        self._network.park(self._slot, Park.ALL, flows)
+        # Those that the kernel has a socket of: what has no owner any more the kernel brings to its end by itself.
+        self._flows = [s.flow for s in self._own_sockets() if s.connected]
+        self._network.park(self._slot, Park.ALL, self._flows)
+
+    def stand_in(self, streams: Mapping[Flow, Stream]) -> None:
+        if self._preserve:
+            self._network.stand_in(self._slot, streams)
+        else:  # the kernel brings its closed connections to their end
+            self._network.park(self._slot, Park.ALL, [flow for flow in self._flows if flow.proto == "udp"])
 
     def sockets_stay(self) -> None:
         self._network.sockets_stay(self._slot)
@@ -112,24 +155,95 @@ class Gate:
 
     def close(self) -> None:
         """The container is gone: its ports are nobody's, what is parked for it is dropped."""
-        self._parked.clear()
+        self._take()
         self._network.park(self._slot, Park.PASS)
-        self._assign(frozenset())
+        self._assign(frozenset(), frozenset())
 
-    # --- inside --------------------------------------------------------------------------------------------
+    # --- inside: what is parked ----------------------------------------------------------------------------
 
     def _send_parked(self) -> None:
-        packets = list(self._parked)
-        self._parked.clear()
-        self._parked_bytes = 0
-        if packets:
+        if packets := self._take():
             self._network.send(packets)
 
-    def _assign(self, ports: frozenset[Port] | set[Port]) -> None:
-        if ports != self._ports:
-            self._ports = frozenset(ports)
-            self._network.assign(self._slot, set(ports))
+    def _take(self) -> list[Parked]:
+        packets = list(self._parked)
+        self._parked.clear()
+        self._parked_segments.clear()
+        self._parked_bytes = 0
+        return packets
+
+    def _drop(self, connection: object) -> None:
+        """Forgets what is parked of a connection (as `packet.endpoints` tells it)."""
+        kept = [parked for parked in self._take() if packet.endpoints(parked.frame) != connection]
+        for parked in kept:
+            self._parked.append(parked)
+            self._parked_bytes += len(parked.frame)
+            if (segment := packet.identity(parked.frame, parked.payload)) is not None:
+                self._parked_segments.add(segment)
+
+    # --- inside: whose is what -----------------------------------------------------------------------------
+
+    def _assign(self, ports: frozenset[Port] | set[Port], quiet: frozenset[Port] | set[Port]) -> None:
+        if (ports, quiet) != (self._ports, self._quiet_ports):
+            self._ports, self._quiet_ports = frozenset(ports), frozenset(quiet)
+            self._network.assign(self._slot, self._ports, self._quiet_ports)
 
     def _own_sockets(self) -> list[Socket]:
         inodes = self._socket_inodes()
         return [s for s in self._network.sockets() if s.inode in inodes]
+
+    def _busy(self, s: Socket, *, incoming: bool) -> str | None:
+        """What of a socket without anything in flight shows that the application has something to do, or None."""
+        limit = min(QUIET_SECONDS, self._request_timeout) if s.port in self._quiet else self._request_timeout
+        now = time.monotonic()
+        if s.proto == "udp":
+            since = now - self._network.activity(self._slot).received
+            return f"a datagram on port {s.port} isn't read yet" if self._unread_datagram(s) and since < limit else None
+        if s.state not in ("ESTABLISHED", "CLOSE_WAIT") or s.last_received is None or s.last_sent is None:
+            return None
+        talk = self._network.talk(s.flow)
+        since = now - talk.received if talk is not None and talk.received else s.last_received / 1000
+        if since >= limit:
+            return None
+        # The kernel's clocks have the ticks of its timer: a request within the tick of the last answer looks as if they
+        # came together, and so does a connection that was just made, or restored, and has had no request at all. Those
+        # of the hook are exact, but take a segment that was sent twice for a new one.
+        later = s.last_received < s.last_sent if talk is None else talk.received > talk.sent
+        if incoming and later and s.last_received <= s.last_sent:
+            return f"a request from {_address(s)} to port {s.local[1]} waits for its answer since {since:.1f} s"
+        if s.receive_queue > (s.state == "CLOSE_WAIT"):  # the end of a connection counts as a byte in the queue
+            return f"data from {_address(s)} waits to be read since {since:.1f} s"
+        return None
+
+    def _unread_datagram(self, s: Socket) -> bool:
+        return s.receive_queue > 0 and s.port in self._declared
+
+    def _outgoing(self, activity: Activity) -> float:
+        """When a connection that no slot's port explains was used last, unless it is another container's for certain.
+
+        For certain: its socket is there and isn't ours, or it came in to a port on which somebody else listens. What is
+        closed by now, and was opened from inside the pod, may have been ours.
+        """
+        inodes = self._socket_inodes()
+        tcp = [s for s in self._network.sockets(["tcp"]) if s.inode]
+        own = {s.flow for s in tcp if s.inode in inodes}
+        foreign = {s.flow for s in tcp} - own
+        foreign_ports = {s.port for s in tcp if s.listening and s.inode not in inodes}
+        slots_ports = self._network.all_ports()
+        talks = self._network.talks()
+        latest, complete = 0.0, False
+        for flow, talk in talks.items():
+            back = Flow(flow.proto, flow.remote, flow.local)
+            if flow.port in slots_ports or (back in talks and back.port in slots_ports):
+                continue  # the slot knows it
+            complete = complete or talk.last >= activity.others
+            if flow.port in self._quiet or (back in talks and back.port in self._quiet):
+                continue  # also before it is known who listens there
+            if flow in own or (flow not in foreign and flow.port not in foreign_ports):
+                latest = max(latest, talk.last)
+        return latest if complete else activity.others
+
+
+def _address(s: Socket) -> str:
+    host, port = s.remote
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

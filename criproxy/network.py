@@ -23,19 +23,33 @@ import contextlib
 import logging
 import secrets
 import socket
-import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
-from criproxy import netlink, packet, sockets
+from criproxy import netlink, packet, pod_maps, sockets
 from criproxy.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
 from criproxy.namespaces import in_network_namespace
 from criproxy.netlink import DIRECTIONS, Direction, Link, Netlink
+from criproxy.pod_maps import (
+    LAYOUT,
+    LINK,
+    MAPS,
+    OTHERS,
+    POD,
+    RING,
+    SLOT,
+    SLOTS,
+    U32,
+    Activity,
+    Counters,
+    Park,
+    Parked,
+    Stream,
+    Talk,
+)
 from criproxy.policy import Port
 from criproxy.sockets import Flow, Socket, UnixSocket
 
@@ -43,7 +57,6 @@ log = logging.getLogger(__name__)
 
 OBJECT: Final = Path(__file__).parent / "libexec" / "pod.bpf.o"
 
-SLOTS: Final = 16
 RING_BYTES: Final = 1 << 19
 """Default size of the ring buffer: seven of the largest GSO packets, or 340 of 1500 bytes. Allocated for each pod."""
 
@@ -51,35 +64,6 @@ PREFERENCE: Final = 7
 """Where our filters are in a link's list. Before others', so that a packet which is sent again passes theirs once."""
 HANDLE: Final = 0xC71
 NAME: Final = "criproxy"
-
-# --- bpf/pod.c ---
-_LAYOUT: Final = 1
-_POD: Final = struct.Struct("=III")
-_U32: Final = struct.Struct("=I")
-_SLOT: Final = struct.Struct("=7Q")
-_OTHERS: Final = struct.Struct("=2Q")
-_PORT: Final = struct.Struct("=2sBx")
-_OWNER: Final = struct.Struct("=II")
-_FOUR: Final = struct.Struct("=16s16s2s2sB3x")
-_FLOW: Final = struct.Struct("=IIIIIIQ")
-_LINK: Final = struct.Struct("=III")
-_RECORD: Final = struct.Struct("=5IHBBQ")
-_QUIET: Final = 1
-_LET_PASS: Final = 1
-_FIN, _SYN, _RST = 1, 2, 4
-_MAPS: Final[dict[str, tuple[int, int]]] = {
-    "pod": (4, _POD.size),
-    "modes": (4, 4),
-    "slots": (4, _SLOT.size),
-    "others": (4, _OTHERS.size),
-    "ports": (_PORT.size, _OWNER.size),
-    "flows": (_FOUR.size, _FLOW.size),
-    "replay": (4, 4),
-    "links": (4, _LINK.size),
-}
-_RING: Final = "parked"
-_NUMBERS: Final = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
-_NAMES: Final[dict[int, sockets.Proto]] = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 
 _SETTINGS: Final = (
     # What is sent again to lo carries no route: without these the kernel drops 127.0.0.1 and the pod's own addresses
@@ -103,76 +87,6 @@ class NetworkError(Exception):
     """The hook can't be put into (or found in) a pod. One sentence for people."""
 
 
-class Park(IntEnum):
-    """What happens to the packets of a slot."""
-
-    PASS = 0
-    NEW = 1
-    """SYNs to its ports are parked."""
-    ALL = 2
-    """TCP to its ports and flows and UDP to its ports is parked; TCP packets that say nothing new are dropped."""
-    WAKE = 3
-    """As ALL, but TCP packets without news pass: the sockets are there again. `send()` sets it."""
-
-
-@dataclass(frozen=True)
-class Parked:
-    """A packet that was taken out of its way."""
-
-    slot: int
-    ifindex: int
-    """The link that it came in on, and goes to again."""
-    frame: bytes
-    proto: sockets.Proto
-    syn: bool
-    fin: bool
-    rst: bool
-    payload: int
-    """Bytes of payload."""
-    gso_size: int
-    """Not 0: several segments, with this many bytes of payload each, in one frame."""
-    time: float
-    """time.monotonic() when it was parked."""
-
-    @property
-    def wakes(self) -> bool:
-        """Whether somebody waits for the application: a new connection or data. A connection's end doesn't."""
-        return self.proto == "udp" or self.syn or (self.payload > 0 and not self.rst)
-
-    def __str__(self) -> str:
-        names = [name for name in ("syn", "fin", "rst") if getattr(self, name)]
-        return " ".join([packet.describe(self.frame), *names, f"{self.payload} bytes"])
-
-
-@dataclass(frozen=True)
-class Counters:
-    """Packets of a slot since the hook was attached."""
-
-    parked: int
-    parked_bytes: int
-    overflowed: int
-    """Dropped because the ring buffer was full or the packet too large for it. TCP sends them again."""
-    dropped: int
-    """TCP packets without news (pure ACK, keep-alive) to a slot in Park.ALL."""
-    quiet: int
-    """Packets to quiet ports that found the slot parked."""
-
-
-@dataclass(frozen=True)
-class Activity:
-    """When there was traffic last, in time.monotonic() seconds; 0.0 for never."""
-
-    received: float
-    sent: float
-    others_received: float
-    """By connections of the pod that no slot explains: outgoing ones, and those of containers without a slot."""
-    others_sent: float
-
-    @property
-    def last(self) -> float:
-        return max(self.received, self.sent, self.others_received, self.others_sent)
-
-
 class PodNetwork:
     """The hook of one pod. Closing it leaves the hook at work; `detach()` takes it away."""
 
@@ -189,13 +103,13 @@ class PodNetwork:
         self._links: dict[int, Link] = {}
         self._marks: dict[int, int] = {}
         with contextlib.ExitStack() as stack:
-            self._maps = {name: _closing(stack, Map(pins / name, key, value)) for name, (key, value) in _MAPS.items()}
-            layout = _POD.unpack(self._get("pod", 0))[0]
-            if layout not in (0, _LAYOUT):
+            self._maps = {name: _closing(stack, Map(pins / name, key, value)) for name, (key, value) in MAPS.items()}
+            layout = POD.unpack(self._get("pod", 0))[0]
+            if layout not in (0, LAYOUT):
                 raise NetworkError(
                     f"The hook pinned in {pins} belongs to another version of criproxy (layout {layout})"
                 )
-            self._ring = _closing(stack, RingBuffer(_closing(stack, Pinned(pins / _RING))))
+            self._ring = _closing(stack, RingBuffer(_closing(stack, Pinned(pins / RING))))
             self._programs = {name: _program_id(pins / name) for name in DIRECTIONS}
             self._route, self._diag, self._sender = _open_sockets(stack, netns)
             self._ports: dict[bytes, bytes] = dict(self._maps["ports"].items())
@@ -213,7 +127,7 @@ class PodNetwork:
             raise NetworkError(f"The ring buffer can't have {ring_bytes} bytes (a power of two from 4096 on)")
         began = time.monotonic()
         # Once pinned, the rest is as after a restart of the daemon.
-        Object(program, pins, {_RING: ring_bytes}, (*_MAPS, _RING), DIRECTIONS).close()
+        Object(program, pins, {RING: ring_bytes}, (*MAPS, RING), DIRECTIONS).close()
         try:
             self = cls(netns, pins)
         except BaseException:
@@ -221,7 +135,7 @@ class PodNetwork:
             raise
         try:
             changed = in_network_namespace(netns, _change_settings)
-            self._maps["pod"].set(_U32.pack(0), _POD.pack(_LAYOUT, 0, changed))
+            self._maps["pod"].set(U32.pack(0), POD.pack(LAYOUT, 0, changed))
             self._hook()
         except BaseException as error:
             self.detach()
@@ -241,10 +155,10 @@ class PodNetwork:
         began = time.monotonic()
         self = cls(netns, pins)
         try:
-            if _POD.unpack(self._get("pod", 0))[0] != _LAYOUT:
+            if POD.unpack(self._get("pod", 0))[0] != LAYOUT:
                 raise NetworkError(f"The hook pinned in {pins} was never finished")
             for key, value in self._maps["links"].items():
-                self._marks[_U32.unpack(key)[0]] = _LINK.unpack(value)[0]
+                self._marks[U32.unpack(key)[0]] = LINK.unpack(value)[0]
             self._hook()
         except OSError as error:
             self.close()
@@ -268,49 +182,73 @@ class PodNetwork:
         Traffic of `quiet` ports neither counts as activity nor wakes; it is dropped while the slot is parked.
         A port that another slot had moves to this one. Raises BpfError.
         """
-        wanted = {_port(port): _OWNER.pack(_slot(slot), 0) for port in ports}
-        wanted |= {_port(port): _OWNER.pack(slot, _QUIET) for port in quiet}
+        wanted = {pod_maps.port(port): pod_maps.owner(_slot(slot)) for port in ports}
+        wanted |= {pod_maps.port(port): pod_maps.owner(slot, quiet=True) for port in quiet}
         self._reconcile("ports", self._ports, wanted, slot)
 
-    def park(self, slot: int, mode: Park, flows: Iterable[Flow] = (), passing: Iterable[Flow] = ()) -> None:
-        """Sets the slot's mode; `flows` are connections that are the slot's too (Park.ALL), those given before aren't
-        any more. `passing` are connections that are let through although their port is the slot's.
+    def ports(self, slot: int) -> tuple[frozenset[Port], frozenset[Port]]:
+        """What was assigned to the slot, also by an earlier daemon: ports, and quiet ports."""
+        found = [(pod_maps.port_of(key), pod_maps.owner_of(value)) for key, value in self._ports.items()]
+        return (
+            frozenset(port for port, owner in found if owner == (slot, False)),
+            frozenset(port for port, owner in found if owner == (slot, True)),
+        )
+
+    def all_ports(self) -> frozenset[Port]:
+        """Every port that is a slot's."""
+        return frozenset(map(pod_maps.port_of, self._ports))
+
+    def park(self, slot: int, mode: Park, flows: Iterable[Flow] = ()) -> None:
+        """Sets the slot's mode; `flows` are its established connections, incoming and outgoing (Park.ALL), and those
+        given before aren't its any more. TCP of others isn't parked, whatever its port, but for new connections.
 
         Takes effect for packets that come in after the call. Raises BpfError.
         """
-        wanted = {_four(flow): _FLOW.pack(_slot(slot), 0, 0, 0, 0, 0, 0) for flow in flows}
-        wanted |= {_four(flow): _FLOW.pack(slot, _LET_PASS, 0, 0, 0, 0, 0) for flow in passing}
+        wanted = {pod_maps.four(flow): pod_maps.flow_value(_slot(slot)) for flow in flows}
         if mode is not Park.PASS:
             self._reconcile("flows", self._flows, wanted, slot)
-        layout, before, changed = _POD.unpack(self._get("pod", 0))
+        layout, before, changed = POD.unpack(self._get("pod", 0))
         parking = before - (self.mode(slot) is not Park.PASS) + (mode is not Park.PASS)
         if parking > before:  # the shortcut for running pods is closed first, and opened last
-            self._maps["pod"].set(_U32.pack(0), _POD.pack(layout, parking, changed))
-        self._maps["modes"].set(_U32.pack(slot), _U32.pack(mode))
+            self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed))
+        self._maps["modes"].set(U32.pack(slot), U32.pack(mode))
         if parking < before:
-            self._maps["pod"].set(_U32.pack(0), _POD.pack(layout, parking, changed))
+            self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed))
         if mode is Park.PASS:
             self._reconcile("flows", self._flows, wanted, slot)
 
+    def stand_in(self, slot: int, streams: Mapping[Flow, Stream]) -> None:
+        """The slot's sockets are gone for a while: the hook answers their peers' keep-alives, for those that `park` was
+        told of. It ends with the next `park` of another mode. Raises BpfError.
+        """
+        table = self._maps["flows"]
+        for flow, stream in streams.items():
+            key = pod_maps.four(flow)
+            if (known := self._flows.get(key)) is not None and U32.unpack_from(known)[0] == _slot(slot):
+                self._flows[key] = pod_maps.flow_value(slot, stream)
+                table.set(key, self._flows[key])
+
     def mode(self, slot: int) -> Park:
         """The slot's mode, also as an earlier daemon left it."""
-        return Park(_U32.unpack(self._get("modes", slot))[0])
+        return Park(U32.unpack(self._get("modes", slot))[0])
 
     def activity(self, slot: int) -> Activity:
         """When the slot's ports and flows, and the rest of the pod, had traffic last."""
-        received, sent = _SLOT.unpack(self._get("slots", slot))[:2]
-        others_received, others_sent = _OTHERS.unpack(self._get("others", 0))
+        received, sent = SLOT.unpack(self._get("slots", slot))[:2]
+        others_received, others_sent = OTHERS.unpack(self._get("others", 0))
         return Activity(received / 1e9, sent / 1e9, others_received / 1e9, others_sent / 1e9)
 
-    def last_activity(self, slot: int) -> float:
-        """time.monotonic() of the last packet which shows that the container is used; 0.0 if there was none.
+    def talks(self) -> dict[Flow, Talk]:
+        """TCP connections of the pod, whoever's, and when they were used last. Of the 2048 latest. Raises BpfError."""
+        return {pod_maps.flow(key): pod_maps.talk(value) for key, value in self._maps["talks"].items()}
 
-        Traffic that can't be told apart (outgoing connections) counts for each slot of the pod.
-        """
-        return self.activity(slot).last
+    def talk(self, flow: Flow) -> Talk | None:
+        """When a connection was used last; None if it isn't among the 2048 latest. Raises BpfError."""
+        value = self._maps["talks"].get(pod_maps.four(flow))
+        return None if value is None else pod_maps.talk(value)
 
     def counters(self, slot: int) -> Counters:
-        return Counters(*_SLOT.unpack(self._get("slots", slot))[2:])
+        return Counters(*SLOT.unpack(self._get("slots", slot))[2:])
 
     # --- parked packets ----------------------------------------------------------------------------------------
 
@@ -326,7 +264,7 @@ class PodNetwork:
             return
         for record in self._ring.read():
             try:
-                self._callback(_parked(record))
+                self._callback(pod_maps.parked(record))
             except Exception:
                 log.exception("a parked packet of %s was lost", self.netns)
 
@@ -340,7 +278,7 @@ class PodNetwork:
         """
         for slot in {parked.slot for parked in packets}:
             if self.mode(slot) is Park.ALL:
-                self._maps["modes"].set(_U32.pack(slot), _U32.pack(Park.WAKE))
+                self._maps["modes"].set(U32.pack(slot), U32.pack(Park.WAKE))
         delivered = 0
         for parked in packets:
             mark = self._marks.get(parked.ifindex)
@@ -350,7 +288,7 @@ class PodNetwork:
             try:
                 frames = packet.prepare(parked.frame, parked.gso_size)
                 for frame in frames:
-                    self._sender.sendmsg([frame], [(socket.SOL_SOCKET, socket.SO_MARK, _U32.pack(mark))])
+                    self._sender.sendmsg([frame], [(socket.SOL_SOCKET, socket.SO_MARK, U32.pack(mark))])
                 delivered += 1
             except packet.Corrupt as error:
                 self.corrupt += 1
@@ -369,7 +307,7 @@ class PodNetwork:
 
     def sockets_stay(self, slot: int) -> None:
         """The slot is in Park.ALL, and the kernel keeps its sockets: TCP packets without news pass (Park.WAKE)."""
-        self._maps["modes"].set(_U32.pack(_slot(slot)), _U32.pack(Park.WAKE))
+        self._maps["modes"].set(U32.pack(_slot(slot)), U32.pack(Park.WAKE))
 
     # --- the hook itself ---------------------------------------------------------------------------------------
 
@@ -420,15 +358,15 @@ class PodNetwork:
 
     def _hook_link(self, link: Link, missing: Collection[Direction], programs: dict[Direction, Pinned]) -> None:
         made = netlink.add_clsact(self._route, link.index) if missing else False
-        key = _U32.pack(link.index)
+        key = U32.pack(link.index)
         if (known := self._maps["links"].get(key)) is not None:
-            made = made or bool(_LINK.unpack(known)[1])
+            made = made or bool(LINK.unpack(known)[1])
         if link.index not in self._marks:
             # Random, and kept in the maps alone: a container with CAP_NET_RAW may set marks, but has to guess.
             self._marks[link.index] = secrets.randbits(32) or 1
         mark = self._marks[link.index]
-        self._maps["replay"].set(_U32.pack(mark), key)
-        self._maps["links"].set(key, _LINK.pack(mark, made, link.header))
+        self._maps["replay"].set(U32.pack(mark), key)
+        self._maps["links"].set(key, LINK.pack(mark, made, link.header))
         for direction in missing:
             netlink.add_filter(
                 self._route, link.index, direction, PREFERENCE, HANDLE, programs[direction].fileno(), NAME
@@ -436,17 +374,17 @@ class PodNetwork:
 
     def _forget(self, index: int) -> None:
         mark = self._marks.pop(index)
-        self._maps["replay"].delete(_U32.pack(mark))
-        self._maps["links"].delete(_U32.pack(index))
+        self._maps["replay"].delete(U32.pack(mark))
+        self._maps["links"].delete(U32.pack(index))
 
     def detach(self) -> None:
         """Takes the hook away: filters, qdiscs that were ours, settings, pins. What is parked is lost. Closes."""
         try:
-            known = {_U32.unpack(key)[0]: _LINK.unpack(value) for key, value in self._maps["links"].items()}
+            known = {U32.unpack(key)[0]: LINK.unpack(value) for key, value in self._maps["links"].items()}
             for link in netlink.links(self._route):
                 if link.index in known:
                     self._unhook(link.index, bool(known[link.index][1]))
-            changed = _POD.unpack(self._get("pod", 0))[2]
+            changed = POD.unpack(self._get("pod", 0))[2]
             if changed:
                 in_network_namespace(self.netns, lambda: _restore_settings(changed))
         except FileNotFoundError:
@@ -485,7 +423,7 @@ class PodNetwork:
     # --- maps --------------------------------------------------------------------------------------------------
 
     def _get(self, name: str, index: int) -> bytes:
-        value = self._maps[name].get(_U32.pack(index))
+        value = self._maps[name].get(U32.pack(index))
         if value is None:
             raise NetworkError(f"The hook has no slot {index} (0 to {SLOTS - 1})")
         return value
@@ -497,7 +435,7 @@ class PodNetwork:
             if known.get(key) != value:
                 table.set(key, value)
                 known[key] = value
-        for key in [key for key, value in known.items() if key not in wanted and _U32.unpack_from(value)[0] == slot]:
+        for key in [key for key, value in known.items() if key not in wanted and U32.unpack_from(value)[0] == slot]:
             table.delete(key)
             del known[key]
 
@@ -557,45 +495,7 @@ def _restore_settings(changed: int) -> None:
                 setting.write(before)
 
 
-def _parked(record: bytes) -> Parked:
-    slot, ifindex, length, header, payload, gso_size, proto, flags, time_ns = _RECORD.unpack_from(record)
-    frame = record[_RECORD.size : _RECORD.size + length]
-    return Parked(
-        slot,
-        ifindex,
-        frame if header else packet.with_link_header(frame),
-        _NAMES[proto],
-        bool(flags & _SYN),
-        bool(flags & _FIN),
-        bool(flags & _RST),
-        payload,
-        gso_size,
-        time_ns / 1e9,
-    )
-
-
 def _slot(slot: int) -> int:
     if not 0 <= slot < SLOTS:
         raise NetworkError(f"The hook has no slot {slot} (0 to {SLOTS - 1})")
     return slot
-
-
-def _port(port: Port) -> bytes:
-    return _PORT.pack(port.number.to_bytes(2, "big"), _NUMBERS[port.proto])
-
-
-def _four(flow: Flow) -> bytes:
-    (local, local_port), (remote, remote_port) = flow.local, flow.remote
-    return _FOUR.pack(
-        _address(local),
-        _address(remote),
-        local_port.to_bytes(2, "big"),
-        remote_port.to_bytes(2, "big"),
-        _NUMBERS[flow.proto],
-    )
-
-
-def _address(text: str) -> bytes:
-    if ":" in text:
-        return socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
-    return bytes(10) + b"\xff\xff" + socket.inet_pton(socket.AF_INET, text)

@@ -196,3 +196,19 @@ def describe(frame: bytes) -> str:
     proto, source, target = found
     hosts = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in (source, target)]
     return f"{'tcp' if proto == TCP else 'udp'} {hosts[0]} → {hosts[1]}"
+
+
+def identity(frame: bytes, payload: int) -> bytes | None:
+    """The same for a TCP segment and its retransmission, as long as it isn't cut otherwise; None for what isn't TCP.
+
+    `payload`: how many bytes of payload it has.
+    """
+    found = layout(frame)
+    if found is None or found.proto != TCP:
+        return None
+    size, first = (4, 12) if found.version == 4 else (16, 8)
+    addresses = frame[found.network + first : found.network + first + 2 * size]
+    ports_and_sequence = frame[found.transport : found.transport + 8]
+    return b"".join(
+        (addresses, ports_and_sequence, frame[found.transport + 13 : found.transport + 14], b"%d" % payload)
+    )

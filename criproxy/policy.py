@@ -23,6 +23,7 @@ PREFIXES = (OURS, ZEROPOD)
 # The runtime handler that zeropod's RuntimeClass names.
 HANDLER = "zeropod"
 DEFAULT_DURATION = 60.0
+DEFAULT_REQUEST_TIMEOUT = 600.0
 
 T = TypeVar("T")
 
@@ -62,6 +63,13 @@ class Init(StrEnum):
     NEVER = "never"
 
 
+class Connections(StrEnum):
+    """What becomes of established connections when a container is checkpointed."""
+
+    PRESERVE = "preserve"
+    CLOSE = "close"
+
+
 @dataclass(frozen=True, order=True)
 class Port:
     proto: Literal["tcp", "udp"]
@@ -85,6 +93,11 @@ class Policy:
     tier: Tier = Tier.AUTO
     init: Init = Init.AUTO
     lazy_pages: Lazy = Lazy.AUTO
+    # Of whichever container listens there.
+    quiet_ports: frozenset[Port] = frozenset()
+    # Seconds for which a request without its answer holds its container awake; 0: it doesn't.
+    request_timeout: float = DEFAULT_REQUEST_TIMEOUT
+    connections: Connections = Connections.PRESERVE
     ignored: tuple[str, ...] = ()
 
     def covers(self, container_name: str) -> bool:
@@ -187,6 +200,7 @@ def _container_names(value: str) -> frozenset[str]:
     return names
 
 
+_PORT_LIST_HINT = 'give port numbers with commas between, such as "9100,9102"'
 _PORTS_HINT = 'the form is "name=80,81;other=8080"'
 
 
@@ -199,7 +213,7 @@ def _ports_map(value: str) -> dict[str, frozenset[Port]]:
         name, equals, numbers = (piece.strip() for piece in part.partition("="))
         if not equals or not name or "=" in numbers:
             raise BadValue(f'holds "{part.strip()}"; {_PORTS_HINT}')
-        ports = frozenset(_port(number.strip()) for number in numbers.split(",") if number.strip())
+        ports = frozenset(_port(number.strip(), _PORTS_HINT) for number in numbers.split(",") if number.strip())
         if not ports:
             raise BadValue(f'gives no port for "{name}"; {_PORTS_HINT}')
         result[_container_name(name)] = result.get(name, frozenset()) | ports
@@ -214,14 +228,21 @@ def _ports_map(value: str) -> dict[str, frozenset[Port]]:
     return result
 
 
-def _port(text: str) -> Port:
+def _port_list(value: str) -> frozenset[Port]:
+    ports = frozenset(_port(number.strip(), _PORT_LIST_HINT) for number in value.split(",") if number.strip())
+    if not ports:
+        raise BadValue(f"gives no port; {_PORT_LIST_HINT}")
+    return ports
+
+
+def _port(text: str, hint: str) -> Port:
     number, slash, name = text.partition("/")
     protocols: dict[str, Literal["tcp", "udp"]] = {"tcp": "tcp", "udp": "udp"}
     proto = protocols.get(name.lower() if slash else "tcp")
     if proto is None:
         raise BadValue(f'holds the port "{text}" of an unknown protocol; only tcp (80) and udp (53/udp) can wake')
     if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 65535):
-        raise BadValue(f'holds "{text}", which is no port: a number from 1 to 65535; {_PORTS_HINT}')
+        raise BadValue(f'holds "{text}", which is no port: a number from 1 to 65535; {hint}')
     return Port(proto, int(number))
 
 
@@ -312,15 +333,37 @@ LAZY_PAGES = Key(
     "meanwhile, so that the wake takes the same time whatever the size. `auto`: when that pays, from 16 MiB on, unless "
     "processes share much memory since a fork (each would get a copy of its own).",
 )
-KEYS: tuple[Key[Any], ...] = (
-    CONTAINER_NAMES,
-    PORTS_MAP,
-    SCALEDOWN_DURATION,
-    DISABLE_CHECKPOINTING,
-    TIER,
-    INIT,
-    LAZY_PAGES,
+QUIET_PORTS = Key(
+    "quiet-ports",
+    _port_list,
+    False,
+    "`9100,9102`",
+    "none",
+    "Ports of the pod whose traffic (a metrics scrape) neither wakes a container nor counts as activity. While it is "
+    "scaled down, what comes in there is dropped, as if the network had lost it.",
 )
+REQUEST_TIMEOUT = Key(
+    "request-timeout",
+    _duration,
+    False,
+    "a Go duration; `0` = it isn't looked at",
+    "`10m`",
+    "How long a request that has had no answer yet (the last payload of a connection came from the client), or data "
+    "that the application hasn't read, keeps a container from being scaled down.",
+)
+CONNECTIONS = Key(
+    "connections",
+    _one_of(*Connections),
+    False,
+    "`preserve`, `close`",
+    "`preserve`",
+    "Established connections live on across checkpoints, or are closed by them: peers get the end of the connection, "
+    "as if the application had closed it, and the application finds it closed when it is back.",
+)
+KEYS: tuple[Key[Any], ...] = (
+    CONTAINER_NAMES, PORTS_MAP, SCALEDOWN_DURATION, DISABLE_CHECKPOINTING, TIER, INIT, LAZY_PAGES, QUIET_PORTS,
+    REQUEST_TIMEOUT, CONNECTIONS,
+)  # fmt: skip
 
 # zeropod's keys that are accepted and mean nothing here: what each does there, and why it isn't needed or done.
 IGNORED: Mapping[str, tuple[str, str]] = {
@@ -341,7 +384,7 @@ IGNORED: Mapping[str, tuple[str, str]] = {
 }
 
 # Keys of ours with a planned meaning and nothing yet that acts on them: refused, or a pod would run other than asked.
-LATER = frozenset({"connections", "clock", "request-timeout", "quiet-ports", "probes", "on-stop"})
+LATER = frozenset({"clock", "probes", "on-stop"})
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------
@@ -366,6 +409,7 @@ def parse(
         return None
     duration = _read(SCALEDOWN_DURATION, ours, theirs)
     ports = _read(PORTS_MAP, ours, theirs)
+    timeout = _read(REQUEST_TIMEOUT, ours, {})
     return Policy(
         duration=default_duration if duration is None else duration,
         container_names=_read(CONTAINER_NAMES, ours, theirs),
@@ -373,6 +417,9 @@ def parse(
         tier=_tier(ours, theirs),
         init=Init(_read(INIT, ours, theirs) or Init.AUTO),
         lazy_pages=Lazy(_read(LAZY_PAGES, ours, theirs) or Lazy.AUTO),
+        quiet_ports=_quiet_ports(ours, ports or {}),
+        request_timeout=DEFAULT_REQUEST_TIMEOUT if timeout is None else timeout,
+        connections=Connections(_read(CONNECTIONS, ours, {}) or Connections.PRESERVE),
         ignored=tuple(ZEROPOD + name for name in sorted(theirs) if name not in shared),
     )
 
@@ -411,6 +458,17 @@ def _read(key: Key[T], ours: Mapping[str, str], theirs: Mapping[str, str]) -> T 
 def _shortened(text: str, longest: int = 80) -> str:
     """Annotations may be 256 KiB long, and the sentence ends up in an event of the pod."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def _quiet_ports(ours: Mapping[str, str], ports: Mapping[str, frozenset[Port]]) -> frozenset[Port]:
+    quiet = _read(QUIET_PORTS, ours, {}) or frozenset()
+    for name, named in ports.items():
+        if both := quiet & named:
+            raise PolicyError(
+                f'{OURS}{QUIET_PORTS.name}: "{_shortened(ours[QUIET_PORTS.name])}" has {min(both)}, at which '
+                f'{PORTS_MAP.name} says that a packet wakes "{name}"; remove it from one of the two'
+            )
+    return quiet
 
 
 def _tier(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Tier:

@@ -14,15 +14,13 @@ from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Container, Record, State
 from criproxy.gate import Gate
-from criproxy.network import NetworkError, Park, Parked, PodNetwork
-from criproxy.policy import Policy, Tier
+from criproxy.network import NetworkError, PodNetwork
+from criproxy.pod_maps import SLOTS, Park, Parked
+from criproxy.policy import Connections, Policy, Tier
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
 from criproxy.workload import Processes, Workload
 
 log = logging.getLogger(__name__)
-
-SLOTS = 16
-"""Containers of one pod that can be scaled down: the size of the slots map in bpf/pod.c."""
 
 
 @dataclass
@@ -117,7 +115,10 @@ class Sandbox:
             self._network,
             record.slot,
             declared=self.policy.ports.get(record.name, frozenset()),
+            quiet=self.policy.quiet_ports,
+            preserve=self.policy.connections is Connections.PRESERVE,
             socket_inodes=workload.socket_inodes,
+            request_timeout=self.policy.request_timeout,
             parking_packets=self._config.parking_packets,
             parking_bytes=self._config.parking_bytes,
         )
@@ -131,6 +132,8 @@ class Sandbox:
             save=lambda _: member.save(),
         )
         gate.on_wanted = container.packet
+        if record.state is State.SCALED_DOWN and record.tier == Tier.CHECKPOINT and isinstance(workload, Workload):
+            gate.stand_in(workload.streams())  # the daemon before may have died between checkpoint and this
         member.live(container, workload, gate)
 
     def release(self, member: Member) -> None:
@@ -156,6 +159,7 @@ class Sandbox:
             self._criu,
             stop_signal=record.stop_signal,
             lazy=self.policy.lazy_pages,
+            connections=self.policy.connections,
         )
 
     def _methods(self, workload: Processes, gate: Gate) -> list[Method]:

@@ -12,11 +12,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
 from criproxy.freezer import FreezeError
+from criproxy.pod_maps import Stream
 from criproxy.policy import Tier
+from criproxy.sockets import Flow
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,9 @@ class Workload(Protocol):
     async def dump(self, unless: asyncio.Event) -> int:
         """Checkpoints the processes and ends them. Returns the size in bytes. Raises CheckpointError (GivenUp if
         `unless` was set in time)."""
+
+    def streams(self) -> Mapping[Flow, Stream]:
+        """The established connections of the checkpoint."""
 
     async def restore(self, *, lazily: bool) -> None:
         """Raises RestoreError; what a failed attempt left is gone then. `lazily`: memory may be loaded afterwards."""
@@ -113,6 +119,9 @@ class Gate(Protocol):
 
     def park_all(self) -> None:
         """From now on every packet for the container is parked."""
+
+    def stand_in(self, streams: Mapping[Flow, Stream]) -> None:
+        """After `park_all`: these sockets are gone, and their peers' keep-alives are answered in their place."""
 
     def sockets_stay(self) -> None:
         """After `park_all`: what carries no news (acknowledgements, keep-alives) passes, for the kernel answers it."""
@@ -171,11 +180,13 @@ class Checkpoint(Restart):
 
     async def down(self, wanted: asyncio.Event) -> int:
         try:
-            return await self._workload.dump(wanted)
+            size = await self._workload.dump(wanted)
         except GivenUp as error:
             raise Wanted(str(error)) from error
         except CheckpointError as error:
             raise Refused(str(error)) from error
+        self._gate.stand_in(self._workload.streams())
+        return size
 
     async def up(self) -> str:
         self._afresh = False

@@ -64,6 +64,11 @@ class Flow:
     local: Address
     remote: Address
 
+    @property
+    def port(self) -> Port:
+        """The local port."""
+        return Port(self.proto, self.local[1])
+
 
 @dataclass(frozen=True)
 class Socket:
@@ -79,9 +84,12 @@ class Socket:
     send_queue: int
     """Bytes that the peer hasn't acknowledged; for a listener the length that its queue may have."""
     last_received: int | None
-    """TCP: milliseconds since payload came in last (since the start of the connection if none did)."""
+    """TCP: milliseconds since payload came in last, in the ticks of the kernel's timer (1 to 10 ms).
+
+    If none did: since the start of the connection, or its restore. Retransmissions of what is there don't count.
+    """
     last_sent: int | None
-    """TCP: milliseconds since payload was sent last (a large number if it never was)."""
+    """TCP: milliseconds since payload was sent last, also again. If none was: since the start, or restore."""
 
     @property
     def port(self) -> Port:
@@ -166,8 +174,8 @@ def _dump(diag: Netlink, proto: Proto, family: int) -> Iterator[Socket]:
         yield Socket(
             proto,
             STATES[state] if state < len(STATES) else str(state),
-            (_address(found, source), int.from_bytes(sport, "big")),
-            (_address(found, target), int.from_bytes(dport, "big")),
+            (address(found, source), int.from_bytes(sport, "big")),
+            (address(found, target), int.from_bytes(dport, "big")),
             inode,
             received,
             sent,
@@ -176,7 +184,8 @@ def _dump(diag: Netlink, proto: Proto, family: int) -> Iterator[Socket]:
         )
 
 
-def _address(family: int, raw: bytes) -> str:
+def address(family: int, raw: bytes) -> str:
+    """From its bytes, in network order; `family` AF_INET or AF_INET6."""
     if family == socket.AF_INET:
         return socket.inet_ntop(socket.AF_INET, raw[:4])
     if raw.startswith(_MAPPED):

@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from criproxy import aftermath, checkpoint, processes
+from criproxy import aftermath, checkpoint, processes, streams
 from criproxy.cgroup import Cgroup
 from criproxy.checkpoint import Criu, RestoreError
 from criproxy.entanglement import entanglement
 from criproxy.freezer import Freezer
 from criproxy.pages import Loader
-from criproxy.policy import Lazy
-from criproxy.sockets import UnixSocket
+from criproxy.pod_maps import Stream
+from criproxy.policy import Connections, Lazy
+from criproxy.sockets import Flow, UnixSocket
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class Workload(Processes):
         *,
         stop_signal: str = "SIGTERM",
         lazy: Lazy = Lazy.AUTO,
+        connections: Connections = Connections.PRESERVE,
     ) -> None:
         """`folder`: the container's own in the state directory."""
         super().__init__(container_id, init_pid, unix_sockets)
@@ -131,6 +133,7 @@ class Workload(Processes):
         self._limits = folder / "limits.json"
         self._stop_signal = stop_signal
         self._lazy = lazy
+        self._close = connections is Connections.CLOSE
         self._loader: Loader | None = None
 
     async def find(self) -> None:
@@ -154,7 +157,7 @@ class Workload(Processes):
     async def dump(self, unless: asyncio.Event) -> int:
         self._forget_loader()
         anonymous = self._cgroup.anonymous()
-        await self._criu.dump(self.init_pid, self._images, unless)
+        await self._criu.dump(self.init_pid, self._images, unless, close=self._close)
         # The processes are in the images now: a disk that is full must not make it look as if that had failed.
         with contextlib.suppress(OSError):
             (self._images / _ANONYMOUS).write_text(str(anonymous))
@@ -162,11 +165,20 @@ class Workload(Processes):
             self._cgroup.reclaim()
         return sum(f.stat().st_size for f in self._images.iterdir())
 
+    def streams(self) -> dict[Flow, Stream]:
+        if self._close:
+            return {}
+        try:
+            return streams.streams(self._images)
+        except (OSError, ValueError) as error:
+            log.warning("pid %d: keep-alives of its connections aren't answered: %s", self.init_pid, error)
+            return {}
+
     async def restore(self, *, lazily: bool) -> None:
         with self._cgroup.lifted(self._limits):
             self._loader = self._criu.loader(self._images) if lazily and self._pays() else None
             try:
-                await self._criu.restore(self.init_pid, self._images, self._cgroup, self._loader)
+                await self._criu.restore(self.init_pid, self._images, self._cgroup, self._loader, close=self._close)
             except RestoreError:
                 self._forget_loader()
                 raise

@@ -4,18 +4,21 @@ import contextlib
 import fcntl
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from box import Box, until
 from specimen import build, eventually
+from topology import Topology, topology
+from traffic import HTTP, Hook
 
 import criproxy
 from criproxy import bundle, checkpoint
 from criproxy.bundle import Bundle
 from criproxy.checkpoint import Criu
+from criproxy.network import PodNetwork
 from lab import inventory
 from lab.containerd import Containerd
 from lab.daemon import Daemon
@@ -78,3 +81,20 @@ def _loopback_up() -> None:
     """SIOCSIFFLAGS; netdevice(7)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
+
+
+# --- The hook of a pod that is made of bare network namespaces --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Topology]:
+    with topology() as made:
+        yield made
+
+
+@pytest.fixture
+async def hook(net: Topology) -> AsyncIterator[Hook]:
+    network = PodNetwork.attach(net.netns, net.pins)
+    network.assign(0, {HTTP})
+    yield Hook(network)
+    network.detach()

@@ -15,6 +15,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -31,8 +32,8 @@
 
 enum { CLIENTS = 64, LINE = 4096 };
 
-/* The listener, standard input, the UDP socket, the clients. */
-enum { LISTENER, INPUT, DATAGRAMS, FIRST };
+/* The listener, a second one, standard input, the UDP socket, the clients. */
+enum { LISTENER, SECOND, INPUT, DATAGRAMS, FIRST };
 static struct pollfd polled[FIRST + CLIENTS];
 static char input[LINE];                  /* what standard input has brought */
 static char kept[LINE] = "nothing";
@@ -160,8 +161,8 @@ static int connect_outside(const char *path)
 	return connect(outside, (struct sockaddr *)&address, sizeof address);
 }
 
-/* The other side then gives the commands, as a client does. */
-static int dial(const char *where)
+/* The other side then gives the commands, as a client does. Returns the socket. */
+static int dialled(const char *where)
 {
 	struct sockaddr_in address = { .sin_family = AF_INET };
 	char host[64];
@@ -172,9 +173,40 @@ static int dial(const char *where)
 	inet_pton(AF_INET, host, &address.sin_addr);
 	address.sin_port = htons(port);
 	outgoing = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (connect(outgoing, (struct sockaddr *)&address, sizeof address))
+	return connect(outgoing, (struct sockaddr *)&address, sizeof address) ? -1 : outgoing;
+}
+
+static int dial(const char *where)
+{
+	int outgoing = dialled(where);
+
+	return outgoing < 0 ? -1 : keep(outgoing);
+}
+
+/* It only listens: what the other side says isn't a command. */
+static int dial_with_keepalive(const char *where)
+{
+	int outgoing = dialled(where), one = 1;
+	char greeting[64];
+
+	if (outgoing < 0 || read(outgoing, greeting, sizeof greeting) <= 0)
 		return -1;
+	setsockopt(outgoing, IPPROTO_TCP, TCP_KEEPIDLE, &one, sizeof one);
+	setsockopt(outgoing, IPPROTO_TCP, TCP_KEEPINTVL, &one, sizeof one);
+	setsockopt(outgoing, IPPROTO_TCP, TCP_KEEPCNT, &one, sizeof one);
+	setsockopt(outgoing, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
 	return keep(outgoing);
+}
+
+static int listen_too(int port)
+{
+	struct sockaddr_in6 address = { .sin6_family = AF_INET6, .sin6_addr = IN6ADDR_ANY_INIT };
+	int on = 1;
+
+	address.sin6_port = htons(port);
+	polled[SECOND] = (struct pollfd){ socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0), POLLIN, 0 };
+	setsockopt(polled[SECOND].fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+	return bind(polled[SECOND].fd, (struct sockaddr *)&address, sizeof address) || listen(polled[SECOND].fd, 16);
 }
 
 static int drop_to(uid_t user)
@@ -207,6 +239,13 @@ static void obey(int client, const char *line)
 		dprintf(client, "%s\n", kept);
 		return;
 	}
+	if (is(line, "after", &argument)) { /* milliseconds, without using the processor meanwhile */
+		usleep(1000 * atoi(argument));
+		dprintf(client, "ok\n");
+		return;
+	}
+	if (is(line, "never", &argument)) /* answers */
+		return;
 	if (is(line, "echo", &argument)) {
 		dprintf(client, "%s\n", argument);
 		return;
@@ -266,6 +305,10 @@ static void obey(int client, const char *line)
 		failed = connect_outside(argument);
 	else if (is(line, "dial", &argument))
 		failed = dial(argument);
+	else if (is(line, "keep-alive", &argument)) /* as dial, and gives the connection up a second after the other side has */
+		failed = dial_with_keepalive(argument);
+	else if (is(line, "listen", &argument))
+		failed = listen_too(atoi(argument));
 	else if (is(line, "disconnect", &argument))
 		failed = close(outside);
 	else if (is(line, "deaf", &argument)) /* accepts no connection any more */
@@ -279,9 +322,9 @@ static void obey(int client, const char *line)
 	dprintf(client, "%s\n", failed ? strerror(errno) : "ok");
 }
 
-static void accept_client(void)
+static void accept_client(int from)
 {
-	int client = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+	int client = accept4(from, NULL, NULL, SOCK_CLOEXEC);
 
 	if (client >= 0 && keep(client) == 0)
 		dprintf(client, "ready\n");
@@ -352,6 +395,7 @@ int main(int argc, char **argv)
 	for (int i = FIRST; i < FIRST + CLIENTS; i++)
 		polled[i].fd = -1;
 	polled[LISTENER] = (struct pollfd){ listener, POLLIN, 0 };
+	polled[SECOND].fd = -1;
 	polled[INPUT] = (struct pollfd){ 0, POLLIN, 0 };
 	polled[DATAGRAMS] = (struct pollfd){ datagrams, POLLIN, 0 };
 	dprintf(1, "listening\n");
@@ -366,6 +410,8 @@ int main(int argc, char **argv)
 		if (polled[DATAGRAMS].revents)
 			answer_datagram();
 		if (polled[LISTENER].revents)
-			accept_client();
+			accept_client(listener);
+		if (polled[SECOND].revents)
+			accept_client(polled[SECOND].fd);
 	}
 }

@@ -1,134 +1,24 @@
 """The hook in a pod's network namespace, with real traffic. An application sleeps here by its packets being parked."""
 
 import asyncio
-import contextlib
-import fcntl
 import hashlib
 import os
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 
 import pytest
-from topology import PEER4, POD4, POD6, Topology, family_of, make_socket, run, segment, topology
+from topology import PEER4, POD4, POD6, Topology, make_socket, run, segment
+from traffic import ADDRESSES, HTTP, Hook, ask, connect, contextmanaged, plain, receive, send, serving
 
-from criproxy.namespaces import in_network_namespace
-from criproxy.network import NetworkError, Park, Parked, PodNetwork
+from criproxy.network import NetworkError, PodNetwork
+from criproxy.pod_maps import Park
 from criproxy.policy import Port
 from criproxy.sockets import Flow
 
-HTTP = Port("tcp", 80)
-ADDRESSES = [
-    pytest.param("peer", POD4, id="peer-v4"),
-    pytest.param("peer", POD6, id="peer-v6"),
-    pytest.param("node", POD4, id="node-v4"),
-    pytest.param("node", POD6, id="node-v6"),
-    pytest.param("pod", "127.0.0.1", id="lo-v4"),
-    pytest.param("pod", "::1", id="lo-v6"),
-    pytest.param("pod", POD4, id="lo-own-address-v4"),
-    pytest.param("pod", POD6, id="lo-own-address-v6"),
-]
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
-UDP_SEGMENT = 103
-TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x1, 0x1000
-
-
-@pytest.fixture(scope="module")
-def net() -> Iterator[Topology]:
-    with topology() as made:
-        yield made
-
-
-class Hook:
-    """The hook, and what whoever wakes containers does with it."""
-
-    def __init__(self, network: PodNetwork) -> None:
-        self.network = network
-        self.packets: list[Parked] = []
-        self.wanted = asyncio.Event()
-        network.on_parked(self.take)
-
-    def take(self, packet: Parked) -> None:
-        self.packets.append(packet)
-        if packet.wakes:
-            self.wanted.set()
-
-    def wake(self, slot: int = 0) -> None:
-        while self.packets:
-            packets, self.packets = self.packets, []
-            self.network.send(packets)
-            self.network.poll()
-        self.network.park(slot, Park.PASS)
-        self.network.poll()
-        packets, self.packets = self.packets, []
-        self.network.send(packets)
-        self.wanted.clear()
-
-
-@pytest.fixture
-async def hook(net: Topology) -> AsyncIterator[Hook]:
-    network = PodNetwork.attach(net.netns, net.pins)
-    network.assign(0, {HTTP})
-    yield Hook(network)
-    network.detach()
-
-
-@asynccontextmanager
-async def serving(net: Topology, greeting: bytes = b"", port: int = 80) -> AsyncIterator[list[tuple[str, int]]]:
-    """An echo server in the pod, IPv4 and IPv6, which may speak first. Yields the clients that it sees."""
-    clients: list[tuple[str, int]] = []
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        clients.append(writer.get_extra_info("peername")[:2])
-        writer.write(greeting)
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    listener = make_socket(net.pod, socket.AF_INET6)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    listener.bind(("::", port))
-    server = await asyncio.start_server(talk, sock=listener)
-    try:
-        yield clients
-    finally:
-        server.close()
-
-
-async def connect(net: Topology, where: str, address: str, port: int = 80) -> socket.socket:
-    made = make_socket(getattr(net, where), family_of(address))
-    async with asyncio.timeout(5):
-        await asyncio.get_running_loop().sock_connect(made, (address, port))
-    return made
-
-
-async def receive(client: socket.socket, size: int, timeout: float = 10) -> bytes:
-    data = b""
-    async with asyncio.timeout(timeout):
-        while len(data) < size:
-            chunk = await asyncio.get_running_loop().sock_recv(client, size - len(data))
-            if not chunk:
-                break
-            data += chunk
-    return data
-
-
-async def send(client: socket.socket, data: bytes) -> None:
-    await asyncio.get_running_loop().sock_sendall(client, data)
-
-
-async def ask(client: socket.socket, data: bytes) -> bytes:
-    await send(client, data)
-    return await receive(client, len(data))
-
-
-def plain(address: str) -> str:
-    return address.removeprefix("::ffff:")
 
 
 # --- attaching -----------------------------------------------------------------------------------------------------
@@ -212,7 +102,7 @@ async def test_a_link_that_cannot_be_hooked_is_a_problem(net: Topology, hook: Ho
 
 async def test_activity_in_both_directions(net: Topology, hook: Hook) -> None:
     network = hook.network
-    assert network.last_activity(0) == 0.0
+    assert hook.last_activity() == 0.0
     async with serving(net):
         began = time.monotonic()
         with closing(await connect(net, "peer", POD4)) as client:
@@ -227,7 +117,7 @@ async def test_activity_in_both_directions(net: Topology, hook: Hook) -> None:
             await asyncio.sleep(0.1)
             assert network.activity(0) == answered
             assert answered.others_received == answered.others_sent == 0.0
-    assert network.last_activity(1) == 0.0
+    assert hook.last_activity(1) == 0.0
 
 
 async def test_what_is_not_activity(net: Topology, hook: Hook) -> None:
@@ -272,8 +162,8 @@ async def test_outgoing_connections_count_for_every_slot(net: Topology, hook: Ho
         listener.listen()
         began = time.monotonic()
         with closing(await connect(net, "pod", PEER4, 5432)):
-            assert hook.network.last_activity(0) >= began
-            assert hook.network.last_activity(5) >= began
+            assert hook.last_activity(0) >= began
+            assert hook.last_activity(5) >= began
             assert hook.network.activity(0).sent == 0.0
 
 
@@ -284,10 +174,10 @@ async def test_udp_counts_on_listed_ports(net: Topology, hook: Hook) -> None:
     ):
         server.bind((POD4, 53))
         client.sendto(b"q", (POD4, 53))
-        assert hook.network.last_activity(0) == 0.0
+        assert hook.last_activity(0) == 0.0
         hook.network.assign(0, {HTTP, Port("udp", 53)})
         client.sendto(b"q", (POD4, 53))
-        assert hook.network.last_activity(0) > 0.0
+        assert hook.last_activity(0) > 0.0
 
 
 async def test_sockets_tell_what_waits(net: Topology, hook: Hook) -> None:
@@ -350,7 +240,7 @@ async def test_an_established_connection_waits_and_goes_on(net: Topology, hook: 
         for cycle in range(5):
             assert await ask(client, b"before") == b"before"
             await asyncio.sleep(0.05)
-            hook.network.park(0, Park.ALL)
+            hook.sleep()
             message = f"cycle {cycle}".encode()
             await send(client, message)
             async with asyncio.timeout(2):
@@ -361,12 +251,6 @@ async def test_an_established_connection_waits_and_goes_on(net: Topology, hook: 
             assert await receive(client, len(message), timeout=1) == message
 
 
-@asynccontextmanager
-async def contextmanaged(client: socket.socket) -> AsyncIterator[socket.socket]:
-    with closing(client):
-        yield client
-
-
 @pytest.mark.parametrize("address", [POD4, POD6])
 @pytest.mark.parametrize("where", ["peer", "pod"])
 async def test_large_sends_arrive_whole(net: Topology, hook: Hook, where: str, address: str) -> None:
@@ -374,18 +258,16 @@ async def test_large_sends_arrive_whole(net: Topology, hook: Hook, where: str, a
     async with serving(net), contextmanaged(await connect(net, where, address)) as client:
         await ask(client, os.urandom(1 << 20))  # the congestion window grows
         answer = asyncio.create_task(receive(client, len(data), timeout=20))
-        largest = 0
         sending = asyncio.create_task(send(client, data))
         while not sending.done():
-            hook.network.park(0, Park.ALL)
+            hook.sleep()
             await asyncio.sleep(0.01)
-            largest = max([largest, *(len(packet.frame) for packet in hook.packets)])
             hook.wake()
             await asyncio.sleep(0.005)
         await sending
         assert hashlib.sha256(await answer).digest() == hashlib.sha256(data).digest()
-        print(f"largest frame {largest}, {hook.network.counters(0)}")
-        assert largest > 9000
+        print(f"largest frame {hook.largest}, {hook.network.counters(0)}")
+        assert hook.largest > 9000
         assert hook.network.corrupt == 0
 
 
@@ -394,7 +276,7 @@ async def test_end_of_a_connection_waits_and_does_not_wake(net: Topology, hook: 
         closed, aborted = await connect(net, "peer", POD4), await connect(net, "peer", POD4)
         await ask(closed, b"x")
         await asyncio.sleep(0.05)
-        hook.network.park(0, Park.ALL)
+        hook.sleep()
         closed.close()
         aborted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         aborted.close()
@@ -409,7 +291,7 @@ async def test_end_of_a_connection_waits_and_does_not_wake(net: Topology, hook: 
 
 async def test_keepalives_are_not_parked(net: Topology, hook: Hook) -> None:
     async with serving(net), contextmanaged(await connect(net, "peer", POD4)) as client:
-        hook.network.park(0, Park.ALL)
+        hook.sleep()
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         await asyncio.sleep(1.3)
@@ -450,10 +332,15 @@ async def test_outgoing_connections_are_parked_by_their_flow(net: Topology, hook
                 connection.close()
 
 
-async def test_a_flow_that_is_let_pass(net: Topology, hook: Hook) -> None:
+async def test_connections_of_others_pass(net: Topology, hook: Hook) -> None:
+    """A sidecar has them on the application's own port (TPROXY), or the kernel ends them without an owner."""
     async with serving(net), contextmanaged(await connect(net, "peer", POD4)) as client:
-        hook.network.park(0, Park.ALL, passing=[Flow("tcp", (POD4, 80), client.getsockname())])
+        hook.network.park(0, Park.ALL)
         assert await ask(client, b"x") == b"x"
+        client.close()
+        await asyncio.sleep(0.05)
+        assert not any(s.connected for s in hook.network.sockets())
+        assert hook.packets == []
 
 
 async def test_slots_are_apart(net: Topology, hook: Hook) -> None:
@@ -479,60 +366,13 @@ async def test_quiet_ports_neither_count_nor_wake(net: Topology, hook: Hook) -> 
         with closing(await connect(net, "peer", POD4, 9100)) as client:
             assert await ask(client, b"x") == b"x"
         await asyncio.sleep(0.05)
-        assert hook.network.last_activity(0) == 0.0
+        assert hook.last_activity(0) == 0.0
         hook.network.park(0, Park.ALL)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await connect(net, "peer", POD4, 9100)
         assert hook.packets == []
         assert hook.network.counters(0).quiet == 1
-
-
-# --- UDP -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("where", "address"), ADDRESSES)
-async def test_datagrams_wait_in_their_order(net: Topology, hook: Hook, where: str, address: str) -> None:
-    hook.network.assign(0, {Port("udp", 53)})
-    family = family_of(address)
-    with (
-        closing(make_socket(net.pod, family, socket.SOCK_DGRAM)) as server,
-        closing(make_socket(getattr(net, where), family, socket.SOCK_DGRAM)) as client,
-    ):
-        server.bind(("::" if ":" in address else "0.0.0.0", 53))
-        hook.network.park(0, Park.ALL)
-        # The largest doesn't fit into one packet: its first fragment waits here, the others in the kernel.
-        messages = [str(n).encode() * (n + 1) for n in range(20)] + [os.urandom(5000), b"end"]
-        for message in messages:
-            client.sendto(message, (address, 53))
-        await asyncio.sleep(0.05)
-        with pytest.raises(BlockingIOError):
-            server.recvfrom(9000)
-        assert hook.wanted.is_set()
-        hook.wake()
-        received = [server.recvfrom(9000) for _ in messages]
-        # The one in fragments is complete when they meet, which is at once.
-        assert [data for data, _ in received] == messages
-        assert {peer[1] for _, peer in received} == {client.getsockname()[1]}
-
-
-@pytest.mark.parametrize("address", [POD4, POD6])
-async def test_datagrams_that_travel_as_one_arrive_as_many(net: Topology, hook: Hook, address: str) -> None:
-    hook.network.assign(0, {Port("udp", 53)})
-    family = family_of(address)
-    with (
-        closing(make_socket(net.pod, family, socket.SOCK_DGRAM)) as server,
-        closing(make_socket(net.peer, family, socket.SOCK_DGRAM)) as client,
-    ):
-        server.bind((address, 53))
-        client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1000)
-        hook.network.park(0, Park.ALL)
-        data = os.urandom(8500)
-        client.sendto(data, (address, 53))
-        await asyncio.sleep(0.05)
-        hook.wake()
-        parts = [server.recvfrom(9000)[0] for _ in range(9)]
-        assert parts == [data[n : n + 1000] for n in range(0, 8500, 1000)]
 
 
 # --- what may go wrong -----------------------------------------------------------------------------------------------
@@ -545,7 +385,7 @@ async def test_an_overflow_is_counted_and_tcp_recovers(net: Topology) -> None:
         hook = Hook(network)
         async with serving(net), contextmanaged(await connect(net, "peer", POD4)) as client:
             await ask(client, b"x" * 100_000)
-            network.park(0, Park.ALL)
+            hook.sleep()
             data = os.urandom(300_000)
             answer = asyncio.create_task(receive(client, len(data)))
             sending = asyncio.create_task(send(client, data))
@@ -626,7 +466,7 @@ async def test_many_connections_at_random_paces(net: Topology, hook: Hook) -> No
         while time.monotonic() < until:
             hook.network.park(0, Park.NEW)
             await asyncio.sleep(0.001)
-            hook.network.park(0, Park.ALL)
+            hook.sleep()
             await hook.wanted.wait()
             await asyncio.sleep(0.002)
             hook.wake()
@@ -659,7 +499,7 @@ async def test_adopt_finds_everything(net: Topology, hook: Hook) -> None:
             assert adopted.mode(2) is Park.ALL
             assert adopted.mode(0) is Park.PASS
             assert adopted.counters(2).parked == 1
-            assert adopted.last_activity(2) > 0
+            assert adopted.activity(2).own > 0
             assert adopted.problem() is None
             again = Hook(adopted)
             async with asyncio.timeout(1):
@@ -678,63 +518,6 @@ async def test_adopt_finds_everything(net: Topology, hook: Hook) -> None:
 async def test_adopt_without_a_hook(net: Topology) -> None:
     with pytest.raises(Exception, match="pinned"):
         PodNetwork.adopt(net.netns, net.pins)
-
-
-# --- other links -----------------------------------------------------------------------------------------------------
-
-
-async def test_through_macvlan(net: Topology, hook: Hook) -> None:
-    """A pod's link as the macvlan CNI plugin makes it, on the node's veth to the peer."""
-    run(f"ip -n {net.peer} link add link eth0 name mac0 type macvlan mode bridge")
-    run(f"ip -n {net.peer} link set mac0 netns {net.pod}")
-    try:
-        run(f"ip -n {net.pod} addr add 10.98.0.2/24 dev mac0")
-        run(f"ip -n {net.pod} link set mac0 up")
-        run(f"ip -n {net.node} addr add 10.98.0.1/24 dev br0")
-        assert hook.network.problem() is None
-        async with serving(net, b"hello") as clients:
-            hook.network.park(0, Park.ALL)
-            connecting = asyncio.create_task(connect(net, "node", "10.98.0.2"))
-            async with asyncio.timeout(2):
-                await hook.wanted.wait()
-            hook.wake()
-            with closing(await connecting) as client:
-                assert await receive(client, 5, timeout=0.5) == b"hello"
-                assert plain(clients[0][0]) == "10.98.0.1"
-    finally:
-        run(f"ip -n {net.pod} link del mac0")
-        run(f"ip -n {net.node} addr del 10.98.0.1/24 dev br0")
-
-
-async def test_a_link_without_link_headers(net: Topology, hook: Hook) -> None:
-    """A tunnel (tun, ipip): its packets begin with the IP header, and have to get one to travel over lo."""
-
-    def open_tun() -> int:
-        tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-        fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", b"tun0", IFF_TUN | IFF_NO_PI))
-        return tun
-
-    if not os.path.exists("/dev/net/tun"):
-        pytest.skip("this machine has no /dev/net/tun")
-    tun = in_network_namespace(net.netns, open_tun)
-    try:
-        run(f"ip -n {net.pod} addr add 10.97.0.2/24 dev tun0")
-        run(f"ip -n {net.pod} link set tun0 up")
-        assert hook.network.problem() is None
-        async with serving(net):
-            hook.network.park(0, Park.ALL)
-            os.write(tun, segment(("10.97.0.1", 4711), ("10.97.0.2", 80), 1, 0, 2, b""))
-            async with asyncio.timeout(2):
-                await hook.wanted.wait()
-            hook.wake()
-            await asyncio.sleep(0.05)
-            answers = []
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    answers.append(os.read(tun, 2000))
-            assert [a[20 + 13] for a in answers if a[0] == 0x45 and a[9] == 6] == [0x12]  # SYN and ACK
-    finally:
-        os.close(tun)
 
 
 async def test_how_long_the_ways_are(net: Topology, hook: Hook) -> None:

@@ -115,10 +115,12 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def segment(source: tuple[str, int], target: tuple[str, int], seq: int, ack: int, flags: int, data: bytes) -> bytes:
+def segment(
+    source: tuple[str, int], target: tuple[str, int], seq: int, ack: int, flags: int, data: bytes, window: int = 64000
+) -> bytes:
     """An IPv4 packet with a TCP segment, its checksums right."""
     addresses = socket.inet_aton(source[0]) + socket.inet_aton(target[0])
-    head = struct.pack("!HHIIBBHHH", source[1], target[1], seq, ack, 5 << 4, flags, 64000, 0, 0)
+    head = struct.pack("!HHIIBBHHH", source[1], target[1], seq, ack, 5 << 4, flags, window, 0, 0)
     pseudo = addresses + struct.pack("!BBH", 0, 6, len(head) + len(data))
     head = head[:16] + struct.pack("!H", checksum(pseudo + head + data)) + head[18:]
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(head) + len(data), 1, 0, 64, 6, 0) + addresses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -14,8 +14,10 @@ from criproxy import scaledown
 from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
 from criproxy.container import Container, Record, State
 from criproxy.freezer import FreezeError
+from criproxy.pod_maps import Stream
 from criproxy.policy import Tier
 from criproxy.scaledown import Checkpoint, Freeze, Restart
+from criproxy.sockets import Flow
 
 DURATION = 0.05
 
@@ -63,6 +65,9 @@ class FakeWorkload:
         if self.dump_errors:
             raise self.dump_errors.pop(0)
         return 42
+
+    def streams(self) -> dict[Flow, Stream]:
+        return {}
 
     def kept(self) -> bool:
         return self.has_images
@@ -131,6 +136,9 @@ class FakeGate:
     def park_all(self) -> None:
         self.log.append("park_all")
         self.on_park_all()
+
+    def stand_in(self, streams: Mapping[Flow, Stream]) -> None:
+        self.log.append("stand_in")
 
     def sockets_stay(self) -> None:
         self.log.append("sockets_stay")
@@ -212,7 +220,7 @@ async def test_idle_container_goes_through_the_documented_states(make: Make) -> 
     f = make()
     await f.until(State.SCALED_DOWN)
     assert f.states == [State.RUNNING, State.PARKING, State.CHECKPOINTING, State.SCALED_DOWN]
-    assert f.log == ["find", "park_new", "park_all", "dump"]
+    assert f.log == ["find", "park_new", "park_all", "dump", "stand_in"]
     assert f.record.checkpoint_bytes == 42
     assert f.record.checkpoints == 1
 
@@ -223,7 +231,7 @@ async def test_a_packet_brings_it_back_and_the_checkpoint_is_deleted_after(make:
     f.packet()
     await f.until(State.RUNNING)
     await eventually(lambda: "discard" in f.log)
-    assert f.log[4:] == ["restore", "open", "verify", "discard"]
+    assert f.log[5:] == ["restore", "open", "verify", "discard"]
     assert f.record.restores == 1
     assert f.record.checkpoint_bytes == 0
 

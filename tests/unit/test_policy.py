@@ -322,3 +322,30 @@ def test_the_docs_have_a_row_for_every_key() -> None:
     text = markdown()
     assert all(f"`criproxy.io/{key.name}`" in text for key in KEYS)
     assert all(f"`zeropod.ctrox.dev/{name}`" in text for name in IGNORED)
+
+
+class TestTraffic:
+    def test_defaults(self) -> None:
+        found = policy(tier="auto")
+        assert (found.quiet_ports, found.request_timeout, found.connections) == (frozenset(), 600.0, "preserve")
+
+    def test_given(self) -> None:
+        found = policy(quiet_ports="9100, 9102/udp", request_timeout="1m30s", connections="close")
+        assert found.quiet_ports == {Port("tcp", 9100), Port("udp", 9102)}
+        assert (found.request_timeout, found.connections) == (90.0, "close")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("quiet-ports", ",", "gives no port"),
+            ("quiet-ports", "web=9100", 'such as "9100,9102"'),
+            ("request-timeout", "-1s", "is negative"),
+            ("connections", "closed", 'did you mean "close"'),
+        ],
+    )
+    def test_refused(self, key: str, value: str, message: str) -> None:
+        assert message in refusal({f"criproxy.io/{key}": value})
+
+    def test_a_port_cannot_be_quiet_and_wake(self) -> None:
+        text = refusal({"criproxy.io/quiet-ports": "9100,80", "zeropod.ctrox.dev/ports-map": "web=80"})
+        assert '80/tcp, at which ports-map says that a packet wakes "web"' in text

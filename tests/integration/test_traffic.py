@@ -1,0 +1,210 @@
+"""What traffic does to a container that sleeps and wakes: requests under way, keep-alives, quiet ports, closed ones."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from specimen import PORT, QUICK, Connection, Specimen, eventually, never, seen, wait_for
+
+from lab.daemon import Daemon
+from lab.kubelet import Kubelet
+
+CHECKPOINT = {**QUICK, "criproxy.io/tier": "checkpoint"}
+
+
+@pytest.fixture
+def specimen(kubelet: Kubelet, program: Path) -> Iterator[Specimen]:
+    with kubelet.run_pod(annotations=CHECKPOINT) as pod:
+        yield Specimen.run(pod, program)
+
+
+def asleep(daemon: Daemon, specimen: Specimen) -> None:
+    wait_for(daemon, specimen.id, "scaled_down")
+
+
+# --- Requests under way -----------------------------------------------------------------------------------------------
+
+
+def test_a_slow_request_is_answered_by_who_was_never_asleep_meanwhile(specimen: Specimen, daemon: Daemon) -> None:
+    with specimen.connect() as connection:
+        for _ in range(2):  # the second time on a connection that has been restored
+            before = seen(daemon, specimen.id).checkpoints
+            connection.send("after 1500")
+            local = f"{connection.local[0]}:{connection.local[1]}"
+            reason = f"a request from {local} to port {PORT} waits for its answer since"
+            eventually(lambda r=reason: r in seen(daemon, specimen.id).reason, "it is awake because of the request")
+            assert connection.answer() == "ok"
+            assert seen(daemon, specimen.id).checkpoints == before
+            asleep(daemon, specimen)
+
+
+def test_a_request_right_behind_an_answer_holds_too(specimen: Specimen, daemon: Daemon) -> None:
+    """Within a tick of the kernel's timer, which is all that its clocks tell."""
+    with specimen.connect() as connection:
+        for _ in range(20):
+            assert connection.ask("count")
+        connection.send("after 1000")
+        assert connection.answer() == "ok"
+        assert seen(daemon, specimen.id).checkpoints == 0
+
+
+def test_paces_around_the_duration(specimen: Specimen, daemon: Daemon) -> None:
+    with specimen.connect() as connection:
+        for pause in (0.25, 0.28, 0.3, 0.32, 0.35, 0.31, 0.29, 0.33):
+            for milliseconds in (0, 100, 350):
+                assert connection.ask(f"after {milliseconds}") == "ok"
+                time.sleep(pause)
+
+
+def test_nobody_waits_for_ever(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    with kubelet.run_pod(annotations={**CHECKPOINT, "criproxy.io/request-timeout": "2s"}) as pod:
+        specimen = Specimen.run(pod, program)
+        with specimen.connect() as connection:
+            connection.send("never")
+            began = time.monotonic()
+            asleep(daemon, specimen)
+            assert 1.9 < time.monotonic() - began < 5
+            # The restored connection has no request, as far as anybody can tell.
+            assert connection.ask("count") == "1"
+            asleep(daemon, specimen)
+
+
+# --- Connections while it sleeps --------------------------------------------------------------------------------------
+
+
+def impatient(connection: Connection) -> None:
+    made = connection._socket
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_keepalives_are_answered_and_wake_nobody(specimen: Specimen, daemon: Daemon, version: int) -> None:
+    if version == 6:
+        specimen.address = next(ip for ip in specimen.container.pod.ips if ":" in ip)
+    with specimen.connect() as connection:
+        for count in range(1, 4):
+            assert connection.ask("count") == str(count)
+            impatient(connection)
+            asleep(daemon, specimen)
+            restores = seen(daemon, specimen.id).restores
+            time.sleep(2.5)
+            known = seen(daemon, specimen.id)
+            assert (known.state, known.restores) == ("scaled_down", restores)
+        # Both directions at once: neither numbers nor timestamps are off, or it would take 200 ms.
+        began = time.monotonic()
+        assert connection.ask(f"echo {'x' * 3000}") == "x" * 3000
+        assert time.monotonic() - began < 0.19
+
+
+def test_keepalives_of_a_neighbour_over_lo(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    with kubelet.run_pod(annotations={**CHECKPOINT, "criproxy.io/container-names": "specimen"}) as pod:
+        specimen = Specimen.run(pod, program)
+        neighbour = Specimen.run(pod, program, "neighbour", port=PORT + 1)
+        assert neighbour.ask(f"keep-alive 127.0.0.1 {PORT}") == "ok"
+        asleep(daemon, specimen)
+        never(lambda: seen(daemon, specimen.id).state != "scaled_down", "it was woken", seconds=2.5)
+        # The connection is there: one that had been given up would be closed by now.
+        assert neighbour.ask("clients") == "2"
+        assert specimen.ask("clients") == "2"
+
+
+def test_reset_while_it_sleeps(specimen: Specimen, daemon: Daemon) -> None:
+    connection = specimen.connect()
+    assert connection.ask("clients") == "1"
+    asleep(daemon, specimen)
+    before = seen(daemon, specimen.id).restores
+    connection._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+    never(lambda: seen(daemon, specimen.id).restores > before, "a reset woke it")
+    eventually(lambda: specimen.ask("clients") == "1", "the connection has ended for the server, too")
+
+
+def test_connections_that_are_to_be_closed(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    with kubelet.run_pod(annotations={**CHECKPOINT, "criproxy.io/connections": "close"}) as pod:
+        specimen = Specimen.run(pod, program)
+        specimen.tell("set kept")
+        for _ in range(3):
+            with specimen.connect() as connection:
+                assert connection.ask("get") == "kept"
+                began = time.monotonic()
+                assert connection.ended()  # as if the application had closed it
+                assert time.monotonic() - began < 2
+            asleep(daemon, specimen)
+        eventually(lambda: specimen.ask("clients") == "1", "the server finds them closed")
+
+
+# --- Ports whose traffic doesn't matter -------------------------------------------------------------------------------
+
+
+def test_quiet_ports(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    annotations = {**CHECKPOINT, "criproxy.io/quiet-ports": f"{PORT + 1}"}
+    with kubelet.run_pod(annotations=annotations) as pod:
+        specimen = Specimen.run(pod, program)
+        specimen.tell(f"listen {PORT + 1}")
+        scraper = Specimen(specimen.container, PORT + 1)
+        # A scrape each 100 ms doesn't keep it awake, and each is answered while it runs.
+        deadline = time.monotonic() + 10
+        scrapes = 0
+        while seen(daemon, specimen.id).state != "scaled_down":
+            assert time.monotonic() < deadline, "the scrapes keep it awake"
+            try:
+                scraper.ask("count", timeout=0.5)
+                scrapes += 1
+            except TimeoutError:
+                break
+            time.sleep(0.1)
+        assert scrapes >= 2
+        asleep(daemon, specimen)
+        restores = seen(daemon, specimen.id).restores
+        with pytest.raises(TimeoutError):
+            scraper.ask("count", timeout=0.5)
+        assert seen(daemon, specimen.id).restores == restores
+        assert int(specimen.ask("count")) > scrapes - 1
+        assert scraper.ask("count")
+
+
+# --- Neighbours in the pod --------------------------------------------------------------------------------------------
+
+
+def test_a_neighbours_traffic_does_not_keep_it_awake(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    """A sidecar that didn't opt in: its own port, and its own connections to somewhere else."""
+    with (
+        socket.create_server(("0.0.0.0", 0)) as elsewhere,
+        kubelet.run_pod(annotations={**CHECKPOINT, "criproxy.io/container-names": "specimen"}) as pod,
+    ):
+        specimen = Specimen.run(pod, program)
+        neighbour = Specimen.run(pod, program, "neighbour", port=PORT + 1)
+        gateway = specimen.address.rpartition(".")[0] + ".1"
+        neighbour.tell(f"dial {gateway} {elsewhere.getsockname()[1]}")
+        peer, _ = elsewhere.accept()
+        with peer, neighbour.connect() as connection:
+            deadline = time.monotonic() + 10
+            while seen(daemon, specimen.id).state != "scaled_down":
+                assert time.monotonic() < deadline, "the neighbour's traffic keeps it awake"
+                assert connection.ask("count")
+                assert neighbour.ask("count")
+                peer.sendall(b"count\n")
+                assert peer.recv(100)
+                time.sleep(0.05)
+
+
+def test_its_own_connections_do(specimen: Specimen, daemon: Daemon) -> None:
+    gateway = specimen.address.rpartition(".")[0] + ".1"
+    with socket.create_server((gateway, 0)) as server:
+        specimen.tell(f"dial {gateway} {server.getsockname()[1]}")
+        peer, _ = server.accept()
+        with peer:
+            until = time.monotonic() + 1.5
+            while time.monotonic() < until:
+                peer.sendall(b"count\n")
+                assert peer.recv(100)
+                assert seen(daemon, specimen.id).checkpoints == 0
+                time.sleep(0.1)
+            asleep(daemon, specimen)
