@@ -8,7 +8,7 @@ from typing import Any
 from lab.console import Console, Table
 
 _COLUMNS = (
-    ("", -44), ("n", 4), ("median", 7), ("min", 7), ("p25", 7), ("p75", 7), ("p95", 7), ("max", 7), ("unit", -4),
+    ("", -49), ("n", 4), ("median", 7), ("min", 7), ("p25", 7), ("p75", 7), ("p95", 7), ("max", 7), ("unit", -4),
     ("beside", 7), ("ratio", 6),
 )  # fmt: skip
 
