@@ -44,7 +44,7 @@ def test_a_process_that_has_ended_needs_no_signal() -> None:
 async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def dump(*_: object) -> None:
+    async def dump(*_: object, **__: object) -> None:
         (tmp_path / "pages-1.img").write_bytes(b"1234")
         monkeypatch.setattr(Path, "write_text", full)
 
@@ -52,7 +52,7 @@ async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     workload: Any = Workload.__new__(Workload)
-    workload.init_pid, workload._images, workload._loader = 1, tmp_path, None
+    workload.init_pid, workload._images, workload._loader, workload._close = 1, tmp_path, None, False
     workload._criu = SimpleNamespace(dump=dump)
     workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None)
     assert await workload.dump(asyncio.Event()) == 4
