@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from criproxy import cgroup, checkpoint, policy, processes
@@ -184,6 +185,9 @@ class Node:
             record.state = State.EXITED
             sandbox.release(member)
         else:
+            while _criu_at_work(record.pid):
+                # It goes on without the daemon that started it, and what becomes of them is open until its end.
+                await asyncio.sleep(0.02)
             cgroup.restore_limits(folder / "limits.json")
             record.state = _found(record)
             sandbox.start(member)
@@ -220,6 +224,18 @@ def _read(paths: Iterable[Path], parse: Callable[[Any], _Record]) -> dict[Path, 
         except (OSError, ValueError, TypeError, KeyError) as error:
             log.error("%s can't be read: %s", path, error)
     return records
+
+
+def _criu_at_work(init_pid: int) -> bool:
+    """Whether a CRIU that an earlier daemon has started dumps or restores this container now.
+
+    It is in the container's PID namespace, and its parent, which no process of the container can have, isn't.
+    """
+    for pid in processes.in_namespace(init_pid):
+        with contextlib.suppress(ProcessLookupError):
+            if PurePath(processes.executable(processes.parent(pid))).name == "enter":
+                return True
+    return False
 
 
 def _found(record: Record) -> State:

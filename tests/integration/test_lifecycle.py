@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -26,6 +27,7 @@ from specimen import (
     wait_for,
 )
 
+from criproxy import processes
 from criproxy.api import cri_pb2 as cri
 from lab.containerd import Containerd
 from lab.daemon import Daemon
@@ -370,6 +372,33 @@ def test_the_next_daemon_wakes_what_sleeps(how: str, specimen: Specimen, daemon:
         assert connection.ask("count") == "2"
         asleep(daemon, specimen)
         assert connection.ask("count") == "3"
+
+
+@pytest.mark.parametrize("doing", ["checkpointing", "restoring"])
+def test_the_next_daemon_waits_for_a_criu_that_outlived_the_last(
+    doing: str, kubelet: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    with kubelet.run_pod(annotations={**QUICK, "criproxy.io/lazy-pages": "never"}) as pod:
+        # Big enough for CRIU to be caught in the middle of its work.
+        specimen = Specimen.run(pod, program, memory=800)
+        specimen.tell("set kept")
+        client = threading.Thread(target=lambda: specimen.ask("get", timeout=20))
+        if doing == "restoring":
+            asleep(daemon, specimen)
+            client.start()
+        wait_for(daemon, specimen.id, doing)
+        inside = processes.in_namespace(container_pids(specimen.container)[0])
+        (criu,) = (pid for pid in inside if processes.name(processes.parent(pid)) == "enter")
+        os.kill(criu, signal.SIGSTOP)
+        daemon.kill()
+        slow = threading.Timer(2, os.kill, (criu, signal.SIGCONT))
+        slow.start()
+        daemon.start()
+        assert specimen.ask("get", timeout=20) == "kept"
+        slow.join()
+        if client.ident:
+            client.join()
+        assert specimen.container.status().state == RUNNING
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])

@@ -235,3 +235,27 @@ async def test_what_fails_after_a_container_s_end_does_not_keep_it_from_being_re
     member._init_ended()
     await member.ended()
     assert member.container is member.record.slot is None
+
+
+async def test_what_criu_is_at_work_on_is_not_touched_before_its_end(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    works = iter([True, True, False])
+
+    def criu_at_work(_: int) -> bool:
+        steps.append("criu")
+        return next(works)
+
+    def found(_: Record) -> State:
+        steps.append("found")
+        return State.SCALED_DOWN
+
+    started(monkeypatch)
+    monkeypatch.setattr(node_module, "_criu_at_work", criu_at_work)
+    monkeypatch.setattr(node_module, "_found", found)
+    node = make()
+    mine = {"pid": os.getpid(), "start_time": processes.start_time(os.getpid()), "state": State.CHECKPOINTING}
+    node.add_container(await node.add_sandbox(pod()), container(**mine))
+    await make().adopt()
+    assert steps == ["criu", "criu", "criu", "found"]
