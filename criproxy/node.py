@@ -249,6 +249,10 @@ def _found(record: Record) -> State:
     if not record.bundle:
         return State.RUNNING
     tree = checkpoint.guard_pid(record.pid) is not None
+    if tree and record.tier == Tier.RESTART and record.state is State.CHECKPOINTING:
+        # It has been asked to end, and its end isn't to be the container's.
+        checkpoint.hold(record.pid)
+        return State.SCALED_DOWN
     if tree and record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
         # A dump that failed, or a restore of which nobody has written down the end, or even the beginning: either way
         # the container is still held, and wouldn't end with its application.

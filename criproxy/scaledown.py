@@ -221,8 +221,13 @@ class Checkpoint(Restart):
 
     async def _replace(self, why: str, *, at_once: bool = False) -> str:
         self._gate.park_all()
-        await self._workload.end(at_once=at_once)
-        await self._start_afresh()
+        try:
+            await self._workload.end(at_once=at_once)
+            await self._start_afresh()
+        except Exception:
+            # To the state machine it runs, so nobody else would.
+            await self._workload.rescue()
+            raise
         self._gate.open()
         return f"started afresh, its state was lost: {why}"
 

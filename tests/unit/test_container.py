@@ -798,3 +798,17 @@ async def test_a_full_disk_keeps_no_container_asleep_and_lets_none_go_to_sleep(
         assert f.record.state is State.RUNNING
     await f.container.exited()
     assert f.record.state is State.EXITED
+
+
+async def test_an_error_while_a_restored_application_is_replaced_leaves_one_running(make: Make) -> None:
+    f = make()
+    f.workload.verify_error = AttributesChanged("LSM label was x, is unconfined")
+
+    async def broken() -> None:
+        raise ValueError("bug")
+
+    f.workload.start_afresh = broken  # type: ignore[method-assign]
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await f.until(State.DISABLED)
+    assert f.log[-2:] == ["rescue", "open"]

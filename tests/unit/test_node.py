@@ -12,9 +12,10 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
+from criproxy import checkpoint, processes
 from criproxy import node as node_module
-from criproxy import processes
 from criproxy import sandbox as sandbox_module
+from criproxy.cgroup import Cgroup
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Record, State
@@ -259,3 +260,20 @@ async def test_what_criu_is_at_work_on_is_not_touched_before_its_end(
     node.add_container(await node.add_sandbox(pod()), container(**mine))
     await make().adopt()
     assert steps == ["criu", "criu", "criu", "found"]
+
+
+async def test_what_was_asked_to_end_by_the_last_daemon_does_not_end_its_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    orders: list[str] = []
+    group: Any = SimpleNamespace(whole=lambda name: None)
+    monkeypatch.setattr(Cgroup, "of", lambda pid: group)
+    monkeypatch.setattr(node_module, "Freezer", lambda group: None)
+    monkeypatch.setattr(checkpoint, "guard_pid", lambda pid: 7)
+    monkeypatch.setattr(checkpoint, "hold", lambda pid: orders.append("hold"))
+    monkeypatch.setattr(checkpoint, "release", lambda pid: orders.append("release"))
+    ending = container(pid=6, bundle="/bundle", tier="restart", state=State.CHECKPOINTING)
+    assert node_module._found(ending) is State.SCALED_DOWN
+    ending.tier = "checkpoint"
+    assert node_module._found(ending) is State.RUNNING
+    assert orders == ["hold", "release"]
