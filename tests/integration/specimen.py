@@ -39,12 +39,12 @@ AWAKE: Mapping[str, str] = {"criproxy.io/scaledown-duration": "0"}
 """Annotations of a pod that is managed, but never scaled down."""
 
 
-def build(folder: Path) -> Path:
-    """Compiles the program into the folder, for every user."""
+def build(folder: Path, name: str = "specimen") -> Path:
+    """Compiles a program of this folder into another one, for every user."""
     folder.chmod(0o755)
-    target = folder / "specimen"
+    target = folder / name
     options = ["-static", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run(["gcc", *options, "-o", target, Path(__file__).with_suffix(".c")], check=True)
+    subprocess.run(["gcc", *options, "-o", target, Path(__file__).with_name(f"{name}.c")], check=True)
     return target
 
 
