@@ -137,6 +137,7 @@ MAKERS = {
     "api": protocols,
     "init": lambda: native("init", "init", "-static"),
     "enter": lambda: native("enter", "enter", "-static"),
+    "keep": lambda: native("keep", "keep", "-static"),
     "pages": lambda: native("pages", "pages", "-static"),
     "preload": lambda: native("preload", "preload.so", "-shared", "-fPIC"),
     "bpf": ebpf,

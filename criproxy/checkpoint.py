@@ -25,7 +25,7 @@ import shutil
 import signal
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from google.protobuf.message import DecodeError
 from criproxy import aftermath, criu_log, expired, interrupted, processes, run, sysv
 from criproxy.bundle import Bundle
 from criproxy.cgroup import Cgroup
+from criproxy.kept import Kept
 from criproxy.obstacles import obstacle
 from criproxy.pages import Loader
 from criproxy.processes import ThreadAttributes
@@ -241,8 +242,9 @@ class Criu:
             saved, tree = self._survey(init_pid)
             images.mkdir(mode=0o700)
             saved.write(_beside(images))
+            Kept.hold(init_pid, [process.pid for process in tree], images)
             hold(init_pid)
-        except OSError as error:
+        except (OSError, run.CommandError) as error:
             discard(images)
             raise CheckpointError(_sentence(error)) from error
         except CheckpointError:
@@ -333,6 +335,12 @@ class Criu:
                 for inode, descriptor in pipes.items():
                     action += ["--inherit-fd", f"fd[{descriptor}]:pipe:[{inode}]"]
                 fds = [*enter.fds, *cgroup_fds, folder, *pipes.values()]
+                environment: Mapping[str, str] = {}
+                if (kept := Kept.of(images)) is not None:
+                    inheritance = kept.inherit(images, stack)
+                    action += inheritance.options
+                    fds += inheritance.descriptors
+                    environment = inheritance.environment
                 if saved.sysv:
                     # What an attempt before has left, or a daemon that was killed.
                     sysv.remove(init_pid, saved.sysv)
@@ -342,7 +350,12 @@ class Criu:
                     fds.append(namespace)
                 try:
                     await self._run(
-                        [*enter.argv, *action], fds, self._restore_timeout, images / "restore.log", loader=loader
+                        [*enter.argv, *action],
+                        fds,
+                        self._restore_timeout,
+                        images / "restore.log",
+                        loader=loader,
+                        environment=environment,
                     )
                 except _Failed:
                     await aftermath.clear(init_pid, since)
@@ -416,6 +429,7 @@ class Criu:
         log: Path,
         tree: Sequence[processes.Process] = (),
         loader: Loader | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Raises _Failed. `tree` is what is stopped before CRIU is killed after the time-out, or without its loader."""
         output = log.with_suffix(".out")
@@ -427,7 +441,7 @@ class Criu:
                         pass_fds=fds,
                         stdout=stream.fileno(),
                         stderr=stream.fileno(),
-                        env=self._bundle.environment,
+                        env={**self._bundle.environment, **(environment or {})},
                     )
                 )
                 code, cancelled = await _to_the_end(running, timeout, loader)
@@ -473,6 +487,11 @@ def _take_over(init_pid: int, images: Path, saved: Saved) -> None:
             sysv.remove(init_pid, saved.sysv)
         except (OSError, ValueError, DecodeError) as error:
             log.warning("%s: System V segments can't be removed: %s", images, error)
+    try:
+        if (kept := Kept.of(images)) is not None:
+            kept.rewrite(images)
+    except (OSError, ValueError, DecodeError) as error:
+        log.warning("%s: open files have to be found by their paths: %s", images, error)
 
 
 def complete(images: Path) -> bool:
@@ -487,6 +506,9 @@ def discard(images: Path) -> None:
     """Deletes a checkpoint, if there is one. Idempotent."""
     # The inventory first: what is deleted half must not look complete.
     (images / "inventory.img").unlink(missing_ok=True)
+    with contextlib.suppress(OSError, ValueError):
+        if (kept := Kept.of(images)) is not None:
+            kept.close()
     shutil.rmtree(images, ignore_errors=True)
     _beside(images).unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 /* Build: gcc -shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -o preload.so preload.c   (setup.py does it)
  *
- * Preloaded into CRIU. Four of its calls to libc don't have the outcome that it needs:
+ * Preloaded into CRIU. Five of its calls to libc don't have the outcome that it needs:
  *
  * - prlimit64() of a process with another uid, where root lacks CAP_SYS_RESOURCE (containers as machines: LXC, nested
  *   sandboxes): "Can't get rlimit 0", and nothing that drops privileges can be dumped. /proc/PID/limits has the same numbers
@@ -15,6 +15,8 @@
  * - splice(), with which a dump writes memory to the images, while somebody waits for the application: once there is a file
  *   "given-up" in CRIU's working folder, it fails with ECANCELED. CRIU then does what it does when a disk is full: it gives
  *   the dump up and lets the application go on.
+ * - openat() of ".criproxy-kept/N", which kept.py writes into images where an inotify watch's path would be: it opens what
+ *   CRIU's first process has inherited for it, as CRIPROXY_KEPT says. CRIU itself can't be given what is watched.
  *
  * It guarantees: a call that only reads, and fails in exactly this way, gets the answer that it would get elsewhere. Every
  * other call and every other error passes unchanged; nothing that sets something is imitated. Only a child of CRIU's first
@@ -206,6 +208,43 @@ static pid_t first;
 static __attribute__((constructor)) void begin(void)
 {
 	first = getpid();
+}
+
+/* CRIU's descriptor for N in CRIPROXY_KEPT (N=DESCRIPTOR,...), or -1. */
+static int kept(int wanted)
+{
+	const char *next = getenv("CRIPROXY_KEPT");
+	int number, descriptor;
+
+	while (next && sscanf(next, "%d=%d", &number, &descriptor) == 2) {
+		if (number == wanted)
+			return descriptor;
+		next = strchr(next, ',');
+		if (next)
+			next++;
+	}
+	return -1;
+}
+
+int openat64(int folder, const char *path, int flags, ...)
+{
+	static const char watched[] = ".criproxy-kept/";
+	char own[64];
+	long mode = 0;
+
+	if ((flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE) {
+		va_list arguments;
+
+		va_start(arguments, flags);
+		mode = va_arg(arguments, int);
+		va_end(arguments);
+	}
+	if (strncmp(path, watched, sizeof watched - 1) == 0) {
+		snprintf(own, sizeof own, "/proc/%d/fd/%d", first, kept(atoi(path + sizeof watched - 1)));
+		folder = AT_FDCWD;
+		path = own;
+	}
+	return call(SYS_openat, folder, (long)path, flags, mode, 0, 0);
 }
 
 pid_t setsid(void)

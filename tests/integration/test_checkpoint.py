@@ -334,15 +334,16 @@ async def test_who_could_trace_criu_isnt_dumped(box: Callable[..., Box], criu: C
 
 
 async def test_a_restore_that_fails_can_be_tried_again(box: Callable[..., Box], criu: Criu, images: Path) -> None:
-    container = box(*python("import time\nf = open('/data/file', 'w')\nprint('ready')\nwhile True: time.sleep(0.01)"))
+    container = box(*python("import time\nf = open('/root/file', 'w')\nprint('ready')\nwhile True: time.sleep(0.01)"))
     container.hear("ready")
     await criu.dump(container.pid, images)
-    (container.data / "file").rename(container.data / "moved")
+    folder = container.folder / "root/root"
+    (folder / "file").rename(folder / "moved")
     for _ in range(2):
         with pytest.raises(RestoreError, match="a file that it has open is gone"):
             await criu.restore(container.pid, images)
         assert container.running()
-    (container.data / "moved").rename(container.data / "file")
+    (folder / "moved").rename(folder / "file")
     await criu.restore(container.pid, images)
     os.kill(container.pid, signal.SIGTERM)
     assert container.wait() == 143
