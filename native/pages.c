@@ -36,16 +36,21 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { FINISHED = 0x52535446, COMMON_MAGIC = 0x54564319, PAGEMAP_MAGIC = 0x56084025 };
 enum { LAZY = 2, PRESENT = 4 }; /* flags of a pagemap entry */
 
 static const uint64_t around = 64 << 10;     /* loaded at once where a page is waited for */
-static const uint64_t background = 512 << 10; /* loaded at once meanwhile; whoever touches a page waits for that long */
+static const uint64_t background = 256 << 10; /* loaded at once meanwhile; whoever touches a page waits for that long */
 static const uint64_t ahead = 8 << 20;       /* read from the disk before it is needed */
 
 enum { CALL_MS = 150000, OUT_OF_MEMORY_MS = 5000 };
+
+/* Right after the restore somebody waits for the application's first answer, and this process would be in the way: at
+ * first nothing is loaded unasked, then only when no page was touched for a moment, and then as fast as it goes. */
+enum { ALONE_MS = 15, CONSIDERATE_MS = 100, CALM_MS = 2 };
 
 struct range {
 	uint64_t start, end; /* where in the process, at present */
@@ -65,6 +70,7 @@ struct space {
 };
 
 static struct space *spaces;
+static int64_t restored, touched; /* when the restore had finished, and when a page was touched last */
 static int images;
 static uint64_t page;
 
@@ -78,6 +84,14 @@ static _Noreturn void refuse(const char *what)
 {
 	dprintf(2, "pages: %s\n", what);
 	_exit(1);
+}
+
+static int64_t now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec * 1000LL + time.tv_nsec / 1000000;
 }
 
 static void *more(void *items, size_t *room, size_t size)
@@ -439,9 +453,10 @@ static void obey(struct space *space)
 		for (size_t i = 0; i < length / sizeof *messages; i++) {
 			const struct uffd_msg *one = messages + i;
 
-			if (one->event == UFFD_EVENT_PAGEFAULT)
+			if (one->event == UFFD_EVENT_PAGEFAULT) {
+				touched = now();
 				wait_for(space, one->arg.pagefault.address & ~(page - 1));
-			else if (one->event == UFFD_EVENT_FORK)
+			} else if (one->event == UFFD_EVENT_FORK)
 				add_child(space, one->arg.fork.ufd);
 			else if (one->event == UFFD_EVENT_REMAP)
 				move(space, one->arg.remap.from, one->arg.remap.to, one->arg.remap.len);
@@ -506,6 +521,13 @@ static int listen_to(int client)
 	return 0;
 }
 
+static int calm(void)
+{
+	int64_t since = now() - restored;
+
+	return since >= CONSIDERATE_MS || (since >= ALONE_MS && now() - touched >= CALM_MS);
+}
+
 static void serve(int client)
 {
 	struct pollfd *polled = NULL;
@@ -513,7 +535,7 @@ static void serve(int client)
 
 	for (;;) {
 		struct space **link = &spaces, *busy = NULL;
-		int waiting = 0;
+		int waiting = 0, pause;
 		size_t count = 1;
 
 		while (*link) {
@@ -544,7 +566,10 @@ static void serve(int client)
 		count = 1;
 		for (struct space *space = spaces; space; space = space->next)
 			polled[count++] = (struct pollfd){ space->uffd, POLLIN, 0 };
-		if (poll(polled, count, client < 0 && busy ? 0 : waiting ? 1 : -1) < 0 && errno != EINTR)
+		pause = waiting ? 1 : -1;
+		if (client < 0 && busy)
+			pause = calm() ? 0 : 1;
+		if (poll(polled, count, pause) < 0 && errno != EINTR)
 			fail("poll");
 		/* New ones come to the front of the list: those that were polled are its end, in the same order. */
 		count = 1;
@@ -554,9 +579,10 @@ static void serve(int client)
 		if (polled[0].revents && listen_to(client)) {
 			close(client);
 			client = -1;
+			restored = now();
 		}
 		/* Not while it is being restored: the restore is what is waited for. */
-		if (client < 0 && busy && busy->uffd >= 0 && busy->first < busy->count)
+		if (client < 0 && busy && busy->uffd >= 0 && busy->first < busy->count && calm())
 			load_next(busy);
 	}
 }

@@ -76,6 +76,7 @@ async def tell(container: Box, command: str) -> None:
         while "good" not in heard:
             heard += container.said()
             assert "bad" not in heard, heard
+            assert container.running(), container.said(container.stderr)
             await asyncio.sleep(0.002)
 
 
