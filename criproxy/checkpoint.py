@@ -227,14 +227,21 @@ class Criu:
         self._restore_timeout = restore_timeout
 
     async def dump(
-        self, init_pid: int, images: Path, unless: asyncio.Event | None = None, *, close: bool = False
+        self,
+        init_pid: int,
+        images: Path,
+        unless: asyncio.Event | None = None,
+        *,
+        close: bool = False,
+        stop_clock: bool = True,
     ) -> float:
         """Dumps the application of a container into the new folder `images` and ends its processes; returns how long.
 
         The container is held afterwards. Raises CheckpointError; then it isn't, and the application goes on. What was
         in `images` is older than the running application, and deleted. Cancelled, it takes as long and has the same
         effect. If `unless` is set before all memory is written, the dump is given up at once (GivenUp).
-        `close`: established TCP connections aren't dumped but end with the processes.
+        `close`: established TCP connections aren't dumped but end with the processes. `stop_clock`: the application's
+        monotonic clock stands still until the restore.
         """
         began = time.monotonic()
         discard(images)
@@ -269,7 +276,7 @@ class Criu:
                 aftermath.send(tree, signal.SIGKILL)
                 await aftermath.gone(tree)
                 _resume_interrupted(images)
-                _take_over(init_pid, images, saved)
+                _take_over(init_pid, images, saved, stop_clock)
                 (images / _GIVEN_UP).unlink(missing_ok=True)
                 _pass_on(error)
                 return time.monotonic() - began
@@ -284,7 +291,7 @@ class Criu:
                 raise GivenUp("somebody wants the container") from error
             raise CheckpointError(reason, getattr(error, "log", "")) from error
         _resume_interrupted(images)
-        _take_over(init_pid, images, saved)
+        _take_over(init_pid, images, saved, stop_clock)
         # If it came too late, the restore mustn't find it.
         (images / _GIVEN_UP).unlink(missing_ok=True)
         return time.monotonic() - began
@@ -479,8 +486,11 @@ def _resume_interrupted(images: Path) -> None:
         log.warning("%s: interrupted waits can't be resumed: %s", images, error)
 
 
-def _take_over(init_pid: int, images: Path, saved: Saved) -> None:
-    """What the dumped processes leave in the container, and a restore makes again."""
+def _take_over(init_pid: int, images: Path, saved: Saved, stop_clock: bool) -> None:
+    """What of a complete dump isn't to be restored as CRIU would."""
+    if not stop_clock:
+        # Without it, CRIU leaves the processes in our time namespace.
+        (images / "timens-0.img").unlink(missing_ok=True)
     if saved.sysv:
         try:
             sysv.keep_only(images, saved.sysv)

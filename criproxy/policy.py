@@ -70,6 +70,13 @@ class Connections(StrEnum):
     CLOSE = "close"
 
 
+class Clock(StrEnum):
+    """What the monotonic clock of a container does while it is in a checkpoint."""
+
+    STOP = "stop"
+    CONTINUE = "continue"
+
+
 @dataclass(frozen=True, order=True)
 class Port:
     proto: Literal["tcp", "udp"]
@@ -98,6 +105,7 @@ class Policy:
     # Seconds for which a request without its answer holds its container awake; 0: it doesn't.
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT
     connections: Connections = Connections.PRESERVE
+    clock: Clock = Clock.STOP
     ignored: tuple[str, ...] = ()
 
     def covers(self, container_name: str) -> bool:
@@ -360,9 +368,19 @@ CONNECTIONS = Key(
     "Established connections live on across checkpoints, or are closed by them: peers get the end of the connection, "
     "as if the application had closed it, and the application finds it closed when it is back.",
 )
+CLOCK = Key(
+    "clock",
+    _one_of(*Clock),
+    False,
+    "`stop`, `continue`",
+    "`stop`",
+    "Whether the monotonic clock stands still for the application while it is in a checkpoint, so that no watchdog or "
+    "time limit of its own expires by the sleep, or goes on, so that it knows that a lease or session of its own has "
+    "ended. The time of day goes on either way.",
+)
 KEYS: tuple[Key[Any], ...] = (
     CONTAINER_NAMES, PORTS_MAP, SCALEDOWN_DURATION, DISABLE_CHECKPOINTING, TIER, INIT, LAZY_PAGES, QUIET_PORTS,
-    REQUEST_TIMEOUT, CONNECTIONS,
+    REQUEST_TIMEOUT, CONNECTIONS, CLOCK,
 )  # fmt: skip
 
 # zeropod's keys that are accepted and mean nothing here: what each does there, and why it isn't needed or done.
@@ -384,7 +402,7 @@ IGNORED: Mapping[str, tuple[str, str]] = {
 }
 
 # Keys of ours with a planned meaning and nothing yet that acts on them: refused, or a pod would run other than asked.
-LATER = frozenset({"clock", "probes", "on-stop"})
+LATER = frozenset({"probes", "on-stop"})
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------
@@ -420,6 +438,7 @@ def parse(
         quiet_ports=_quiet_ports(ours, ports or {}),
         request_timeout=DEFAULT_REQUEST_TIMEOUT if timeout is None else timeout,
         connections=Connections(_read(CONNECTIONS, ours, {}) or Connections.PRESERVE),
+        clock=Clock(_read(CLOCK, ours, {}) or Clock.STOP),
         ignored=tuple(ZEROPOD + name for name in sorted(theirs) if name not in shared),
     )
 

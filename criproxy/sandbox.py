@@ -160,6 +160,7 @@ class Sandbox:
             stop_signal=record.stop_signal,
             lazy=self.policy.lazy_pages,
             connections=self.policy.connections,
+            clock=self.policy.clock,
         )
 
     def _methods(self, workload: Processes, gate: Gate) -> list[Method]:

@@ -19,7 +19,7 @@ from criproxy.entanglement import entanglement
 from criproxy.freezer import Freezer
 from criproxy.pages import Loader
 from criproxy.pod_maps import Stream
-from criproxy.policy import Connections, Lazy
+from criproxy.policy import Clock, Connections, Lazy
 from criproxy.sockets import Flow, UnixSocket
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class Workload(Processes):
         stop_signal: str = "SIGTERM",
         lazy: Lazy = Lazy.AUTO,
         connections: Connections = Connections.PRESERVE,
+        clock: Clock = Clock.STOP,
     ) -> None:
         """`folder`: the container's own in the state directory."""
         super().__init__(container_id, init_pid, unix_sockets)
@@ -134,6 +135,7 @@ class Workload(Processes):
         self._stop_signal = stop_signal
         self._lazy = lazy
         self._close = connections is Connections.CLOSE
+        self._stop_clock = clock is Clock.STOP
         self._loader: Loader | None = None
 
     async def find(self) -> None:
@@ -157,7 +159,7 @@ class Workload(Processes):
     async def dump(self, unless: asyncio.Event) -> int:
         self._forget_loader()
         anonymous = self._cgroup.anonymous()
-        await self._criu.dump(self.init_pid, self._images, unless, close=self._close)
+        await self._criu.dump(self.init_pid, self._images, unless, close=self._close, stop_clock=self._stop_clock)
         # The processes are in the images now: a disk that is full must not make it look as if that had failed.
         with contextlib.suppress(OSError):
             (self._images / _ANONYMOUS).write_text(str(anonymous))

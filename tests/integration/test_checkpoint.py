@@ -10,6 +10,8 @@ import os
 import signal
 import socket
 import struct
+import textwrap
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,37 @@ async def test_nothing_of_ours_is_inherited(box: Callable[..., Box], criu: Criu,
     assert application is not None
     assert (sorted(os.listdir(f"/proc/{application}/fd")), Path(f"/proc/{application}/cgroup").read_text()) == before
     assert os.listdir(f"/proc/{checkpoint.guard_pid(container.pid)}/fd") == []
+
+
+@pytest.mark.parametrize("stop", [True, False], ids=["stop", "continue"])
+async def test_the_monotonic_clock(stop: bool, box: Callable[..., Box], criu: Criu, images: Path) -> None:
+    """Either way it never goes back, and a sleep that was under way lasts for as long as it should by it."""
+    code = """
+        import threading, time
+        def sleep():
+            began = time.monotonic()
+            time.sleep(1.5)
+            print(f"slept {time.monotonic() - began}")
+        threading.Thread(target=sleep).start()
+        print("ready")
+        for line in open(0):
+            print(f"now {time.monotonic()}")
+    """
+    container = box(*python(textwrap.dedent(code)))
+    container.hear("ready")
+
+    def now() -> float:
+        os.write(container.stdin, b"\n")
+        return float(container.hear("\n").split("now ")[1])
+
+    began, before = time.monotonic(), now()
+    for _ in range(2):
+        await criu.dump(container.pid, images, stop_clock=stop)
+        await asyncio.sleep(0.4)
+        await criu.restore(container.pid, images)
+    passed, after = time.monotonic() - began, now() - before
+    assert 0 < after < passed - 0.75 if stop else after == pytest.approx(passed, abs=0.1)
+    assert float(container.hear("\n").split("slept ")[1]) >= 1.5
 
 
 async def test_the_exit_code_after_cycles(box: Callable[..., Box], criu: Criu, images: Path) -> None:
