@@ -71,7 +71,7 @@ def test_an_exec_sync_keeps_it_awake_while_it_runs(specimen: Specimen, daemon: D
     running = threading.Thread(target=specimen.container.exec_sync, args=("sleep", "2"))
     running.start()
     try:
-        eventually(lambda: "exec is under way" in seen(daemon, specimen.id).reason, "the reason is shown")
+        eventually(lambda: "ExecSync is under way" in seen(daemon, specimen.id).reason, "the reason is shown")
         never(lambda: seen(daemon, specimen.id).state == "scaled_down", "scaled down below an exec", seconds=1)
         assert seen(daemon, specimen.id).checkpoints == 1
     finally:
