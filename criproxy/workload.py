@@ -14,8 +14,8 @@ from pathlib import Path
 
 from criproxy import aftermath, checkpoint, processes, streams
 from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import Criu, RestoreError
-from criproxy.entanglement import entanglement
+from criproxy.checkpoint import CheckpointError, Criu, RestoreError
+from criproxy.entanglement import entanglement, listens_in_volume
 from criproxy.freezer import Freezer
 from criproxy.pages import Loader
 from criproxy.pod_maps import Stream
@@ -157,6 +157,12 @@ class Workload(Processes):
     # --- what is done to it --------------------------------------------------------------------------------
 
     async def dump(self, unless: asyncio.Event) -> int:
+        try:
+            why = listens_in_volume(self.init_pid, self._cgroup.procs(), self._unix_sockets())
+        except OSError as error:
+            why = f"its unix sockets can't be listed: {error}"
+        if why is not None:
+            raise CheckpointError(why)
         self._forget_loader()
         anonymous = self._cgroup.anonymous()
         await self._criu.dump(self.init_pid, self._images, unless, close=self._close, stop_clock=self._stop_clock)
