@@ -165,16 +165,23 @@ class Interceptors:
             image = await self._runtime.image_status(request.config.image.image)
         except CriError as error:
             raise rewrite.Unsupported(f"its image's entrypoint is not known: {error}") from None
-        rewritten = rewrite.container(
-            call.request,
-            policy=sandbox.policy,
-            entrypoint=image.entrypoint,
-            cmd=image.cmd,
-            bundle=self._bundle.path,
-            profiles=self._profiles,
-            runtime=configuration,
-            handler="" if handler == policy.HANDLER else handler,
-        )
+        try:
+            rewritten = rewrite.container(
+                call.request,
+                policy=sandbox.policy,
+                entrypoint=image.entrypoint,
+                cmd=image.cmd,
+                bundle=self._bundle.path,
+                profiles=self._profiles,
+                runtime=configuration,
+                handler="" if handler == policy.HANDLER else handler,
+            )
+        except rewrite.Unsupported:
+            raise
+        except Exception as error:
+            # A full disk, or a bug of ours: neither may keep the container from running.
+            log.warning("%s/%s: %s", record.namespace, record.pod, error, exc_info=not isinstance(error, OSError))
+            raise rewrite.Unsupported(f"criproxy can't rewrite it: {error}", freezable=True) from error
         record.stop_signal = image.stop_signal or "SIGTERM"
         record.bundle = str(self._bundle.path)
         response = await call.forward(rewritten)

@@ -88,7 +88,11 @@ class Node:
         if sandbox := self.sandboxes.pop(sandbox_id, None):
             for container_id in list(sandbox.containers):
                 self._forget(sandbox, container_id)
-            self._path(sandbox_id).unlink(missing_ok=True)
+            try:
+                self._path(sandbox_id).unlink(missing_ok=True)
+            except OSError as error:
+                # The pod is gone all the same; `adopt` passes its record over.
+                log.error("sandbox %s: its record can't be deleted: %s", sandbox_id, error)
 
     # --- containers come and go ----------------------------------------------------------------------------
 

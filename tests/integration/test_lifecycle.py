@@ -530,6 +530,15 @@ def test_without_a_checkpoint_zeropods_way_is_a_fresh_start(kubelet: Kubelet, pr
         assert timed(lambda: specimen.container.stop(20)) < MARGIN
 
 
+def test_without_a_checkpoint_our_way_is_the_freezer(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    with kubelet.run_pod(annotations={**QUICK, "criproxy.io/disable-checkpointing": "true"}) as pod:
+        specimen = Specimen.run(pod, program)
+        specimen.tell("set state")
+        pid = specimen.pid()
+        assert wait_for(daemon, specimen.id, "scaled_down").tier == "freeze"
+        assert (specimen.ask("get"), specimen.pid()) == ("state", pid)
+
+
 def unsupported(name: str) -> Callable[[cri.PodSandboxConfig], None]:
     def change(config: cri.PodSandboxConfig) -> None:
         namespaces = config.linux.security_context.namespace_options

@@ -645,3 +645,28 @@ def test_the_operators_duration_is_the_default(strange: StrangeKubelet, second: 
         second.restart()
         assert specimen.ask("count") == "1"
         wait_for(second, specimen.id, "scaled_down")
+
+
+@pytest.mark.parametrize("broken", ["seccomp", "containers", "sandboxes"])
+def test_what_fails_on_our_side_never_fails_a_pod(
+    broken: str, strange: StrangeKubelet, second: Second, program: Path
+) -> None:
+    """Here: folders of its state that can't be written to, as on a disk that is full or has gone bad."""
+    folder = second.state_dir / broken
+    aside = folder.with_suffix(".aside")
+    if folder.exists():
+        folder.rename(aside)
+    folder.touch()
+    try:
+        with strange.run_pod(annotations=QUICK) as pod:
+            specimen = Specimen.run(pod, program)
+            eventually(lambda: seen(second, specimen.id).reason, "it is said why, or when")
+            for count in range(1, 4):
+                assert specimen.ask("count") == str(count)
+            assert specimen.container.exec_sync("echo", "here").stdout == "here\n"
+            specimen.container.stop(5)
+            assert specimen.log[-1] == "caught 15"
+    finally:
+        folder.unlink()
+        if aside.exists():
+            aside.rename(folder)
