@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -138,6 +138,9 @@ class Gate(Protocol):
         """Delivers what is parked, in order, and lets everything pass."""
 
 
+async def _nothing() -> None: ...
+
+
 class Container:
     def __init__(
         self,
@@ -148,11 +151,13 @@ class Container:
         duration: float,
         methods: Sequence[Method],
         cpu_activity: float = 0.05,
+        check: Callable[[], Awaitable[None]] = _nothing,
         save: Callable[[Record], None],
     ) -> None:
         """`duration`: seconds without activity before a scale-down, 0 = never. `cpu_activity`: share of a core.
 
-        `methods`: how it may be scaled down, the best first.
+        `methods`: how it may be scaled down, the best first. `check` looks after the pod's network hook, and says what
+        it finds by `hooked`.
         """
         self.record = record
         self._workload = workload
@@ -162,6 +167,8 @@ class Container:
         if not record.tier:
             record.tier = self._attempts[0].method.tier.value
         self._cpu_activity = cpu_activity
+        self._check = check
+        self._unhooked: str | None = None
         self._save = save
         self._changed = asyncio.Condition()
         self._wanted = asyncio.Event()
@@ -179,6 +186,15 @@ class Container:
     def packet(self) -> None:
         """A parked packet asks for the container."""
         self._wanted.set()
+
+    def hooked(self, problem: str | None, *, missed: bool = False) -> None:
+        """What a look at the pod's network hook has shown: why packets may pass it, or None. What sleeps then is woken,
+        for nothing else would. `missed`: some may have passed before, and may have been for this container."""
+        self._unhooked = problem
+        if missed:
+            self._active = time.monotonic()
+        if problem is not None:
+            self._wanted.set()
 
     async def exited(self) -> None:
         """The container's init is gone: whatever was under way ends, and nothing is kept."""
@@ -323,6 +339,9 @@ class Container:
                 continue
             busy = self._busy()
             if busy is None:
+                await self._check()
+                busy = self._unhooked
+            if busy is None:
                 self.record.reason = ""
                 # Whoever wanted it until now has had it.
                 self._wanted.clear()
@@ -334,6 +353,8 @@ class Container:
         """What other than traffic is in the way of a scale-down, or None."""
         if self._holders:
             return f"{self._holders[0]} is under way"
+        if self._unhooked is not None:
+            return self._unhooked
         now = time.monotonic()
         began, used = self._cpu_sample
         usage = self._workload.cpu_usage()
@@ -411,7 +432,7 @@ class Container:
         return True
 
     async def _until_wanted(self) -> None:
-        if not self._holders and not self._gate.wanted():
+        if not self._holders and not self._gate.wanted() and self._unhooked is None:
             self._wanted.clear()
             # Not looked at the gate again: where the parking was full, the packet that wants the container isn't in it.
             await self._wanted.wait()

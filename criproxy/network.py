@@ -13,7 +13,7 @@ A slot is parked and woken like this:
     network.park(slot, Park.PASS)
     network.poll(); network.send(…)         # what came in between
 
-Not thread-safe: one thread at a time. `attach` and `adopt` may run in another thread than the rest.
+Not thread-safe: one thread at a time. `attach`, `adopt` and `problem` may run in another thread than the rest.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class PodNetwork:
         self.pins = pins
         self.corrupt = 0
         """Parked packets whose checksum was wrong, and which therefore weren't sent again."""
+        self.repairs = 0
+        """How often `problem` has hooked a link that had no hook: what passed it meanwhile was not seen."""
         self.attached_in = 0.0
         """Seconds that `attach` or `adopt` took."""
         self._callback: Callable[[Parked], None] | None = None
@@ -340,6 +342,7 @@ class PodNetwork:
                         if direction not in programs:
                             programs[direction] = Pinned(self.pins / direction)
                     self._hook_link(link, missing, programs)
+                    self.repairs += checking and bool(missing)
                 except OSError as error:
                     if not checking:
                         raise

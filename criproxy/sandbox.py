@@ -22,6 +22,9 @@ from criproxy.workload import Processes, Workload
 
 log = logging.getLogger(__name__)
 
+CHECK_SECONDS = 10.0
+"""How often it is looked whether the pod's network still has its hook: who has CAP_NET_ADMIN can remove it."""
+
 
 @dataclass
 class SandboxRecord:
@@ -50,6 +53,8 @@ class Sandbox:
         self._criu = criu
         self._pins = pins
         self._network: PodNetwork | None = None
+        self._checks: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
 
     # --- the network hook ----------------------------------------------------------------------------------
 
@@ -59,6 +64,43 @@ class Sandbox:
             return
         self._network = await asyncio.to_thread(self._hook, Path(self.record.netns))
         self._network.on_parked(self._parked)
+        self._checks = asyncio.create_task(self._check_always(), name=f"hook of {self.record.id[:13]}")
+
+    async def _check_always(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            await self.check()
+
+    async def check(self) -> None:
+        """Looks whether the hook is where it should be, repairs it, and tells the containers."""
+        # In a thread, as it takes the kernel's one lock for all network configuration; by one at a time.
+        if self._checking is None:
+            self._checking = asyncio.create_task(self._check())
+        await asyncio.shield(self._checking)
+
+    async def _check(self) -> None:
+        try:
+            if (network := self._network) is None:
+                return
+            repairs = network.repairs
+            problem = await asyncio.to_thread(network.problem)
+            missed = problem is not None or network.repairs != repairs
+        except Exception as error:
+            log.exception("%s/%s: its hook could not be checked", self.record.namespace, self.record.name)
+            problem, missed = f"the hook in the pod's network can't be checked: {error}", True
+        finally:
+            self._checking = None
+        for member in self.containers.values():
+            if member.container is not None:
+                member.container.hooked(problem, missed=missed)
+
+    async def _end_checks(self) -> None:
+        if self._checks is not None:
+            self._checks.cancel()
+            await asyncio.gather(self._checks, return_exceptions=True)
+            self._checks = None
+        if self._checking is not None:
+            await self._checking
 
     def _hook(self, netns: Path) -> PodNetwork:
         if self._pins.exists():
@@ -72,6 +114,7 @@ class Sandbox:
 
     async def detach(self) -> None:
         """Takes the hook away. The pod's network namespace may be gone already."""
+        await self._end_checks()
         if self._network is not None:
             network, self._network = self._network, None
             network.off_parked()
@@ -81,6 +124,7 @@ class Sandbox:
         """The daemon stops: everything stays as it is, for the next one."""
         for member in self.containers.values():
             await member.close()
+        await self._end_checks()
         if self._network is not None:
             self._network.close()
             self._network = None
@@ -129,6 +173,7 @@ class Sandbox:
             duration=self.policy.duration,
             methods=self._methods(workload, gate),
             cpu_activity=self._config.cpu_activity_percent / 100,
+            check=self.check,
             save=lambda _: member.save(),
         )
         gate.on_wanted = container.packet

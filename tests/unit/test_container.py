@@ -812,3 +812,29 @@ async def test_an_error_while_a_restored_application_is_replaced_leaves_one_runn
     f.packet()
     await f.until(State.DISABLED)
     assert f.log[-2:] == ["rescue", "open"]
+
+
+async def test_without_its_pod_s_hook_it_is_woken_and_stays_up(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    f.container.hooked("The link eth0 of the pod can't be hooked: no")
+    await f.until(State.RUNNING)
+    await eventually(lambda: "eth0" in f.container.reason())
+    await asyncio.sleep(3 * DURATION)
+    assert f.record.state is State.RUNNING
+    f.container.hooked(None)
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_the_hook_is_looked_at_before_it_is_parked(make: Make) -> None:
+    f = make()
+    looks: list[State] = []
+
+    async def check() -> None:
+        looks.append(f.record.state)
+        f.container.hooked(None, missed=len(looks) == 1)
+
+    f.container._check = check
+    await f.until(State.SCALED_DOWN)
+    # What may have passed an absent hook counts as activity: the first parking is off.
+    assert looks == [State.RUNNING, State.RUNNING]

@@ -1,0 +1,73 @@
+"""A pod's hook and its containers, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from criproxy import policy
+from criproxy import sandbox as sandbox_module
+from criproxy.checkpoint import Criu
+from criproxy.config import Config
+from criproxy.container import Record
+from criproxy.sandbox import Sandbox, SandboxRecord
+
+
+class Hook:
+    def __init__(self) -> None:
+        self.repairs = 0
+        self.trouble: str | None = None
+        self.removed = False
+        self.closed = False
+
+    def on_parked(self, callback: object) -> None: ...
+
+    def problem(self) -> str | None:
+        if self.removed:
+            self.removed = False
+            self.repairs += 1
+        return self.trouble
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+async def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    record = SandboxRecord("pod", "default", "web", {"criproxy.io/scaledown-duration": "1s"}, "", "/netns")
+    parsed = policy.parse(record.annotations, "")
+    assert parsed is not None
+    made = Sandbox(record, parsed, Config(state_dir=tmp_path), cast(Criu, None), tmp_path / "pins")
+    hook = Hook()
+    monkeypatch.setattr(made, "_hook", lambda netns: hook)
+    yield made, hook
+    await made.close()
+
+
+async def test_the_hook_is_looked_at_again_and_again(pod: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sandbox_module, "CHECK_SECONDS", 0.01)
+    sandbox, hook = pod
+    told: list[tuple[str | None, bool]] = []
+    member = sandbox.add(Record("c1", "pod", "default", "web", "app"), tmp_path)
+    member.container = SimpleNamespace(
+        hooked=lambda problem, missed: told.append((problem, missed)), close=lambda: asyncio.sleep(0)
+    )
+    await sandbox.attach()
+    for trouble, removed, expected in [
+        (None, False, (None, False)),
+        (None, True, (None, True)),
+        ("no link", False, ("no link", True)),
+    ]:
+        hook.trouble, hook.removed = trouble, removed
+        async with asyncio.timeout(5):
+            while expected not in told:
+                await asyncio.sleep(0.005)
+    await sandbox.close()
+    count = len(told)
+    await asyncio.sleep(0.05)
+    assert hook.closed
+    assert len(told) == count
