@@ -184,12 +184,23 @@ class Bench:
         self._console.say(f"redis with {mebibytes} MiB of values: {cycles} cycles")
         request = client.redis("GET", "key", wanted="value")
         sleeper = Sleeper(kubelet, daemon, "redis", 6379, request, self._fill(mebibytes))
-        asleep, warm, checkpoints = self._cycles(sleeper, cycles)
+        # In the same cycles, so that both have the same share of a busy machine.
+        empty = Sleeper(kubelet, daemon, "redis", 6379, request, self._fill(0))
+        asleep, asleep_empty, warm, checkpoints = _lists(4)
+        for _ in range(cycles):
+            checkpoints.append(sleeper.until_asleep())
+            empty.until_asleep()
+            asleep_empty.append(empty.wake(empty.service.first_byte))
+            # It has nothing left to do then.
+            time.sleep(0.1)
+            asleep.append(sleeper.wake(sleeper.service.first_byte))
+            warm.append(sleeper.warm(sleeper.service.first_byte))
         key, what = f"redis{mebibytes}", f"redis, {mebibytes} MiB of values"
         self.figures.add(f"{key}.new.warm", FIRST_BYTE, f"{what}, awake", warm)
-        # Beside the empty one: size must not matter.
-        self.figures.add(f"{key}.new", FIRST_BYTE, f"{what}, asleep", asleep, beside="redis.new")
+        self.figures.add(f"{key}.new.empty", FIRST_BYTE, "redis without values beside it, asleep", asleep_empty)
+        self.figures.add(f"{key}.new", FIRST_BYTE, f"{what}, asleep", asleep, beside=f"{key}.new.empty")
         self.figures.add(f"{key}.checkpoint", CHECKPOINT, f"checkpoint of redis, {sleeper.size}", checkpoints)
+        empty.pod.remove()
         sleeper.pod.remove()
 
     def _during(self, kubelet: Kubelet, daemon: Daemon, mebibytes: int, requests: int) -> None:
