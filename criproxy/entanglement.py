@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,12 +34,12 @@ def entanglement(init_pid: int, pids: Iterable[int], sockets: Iterable[UnixSocke
     return _listens(init_pid, sockets)
 
 
-def listens_in_volume(init_pid: int, pids: Iterable[int], sockets: Iterable[UnixSocket]) -> str | None:
-    """What keeps a container from being checkpointed, in words, or None. As `entanglement`."""
+def listens_in_volume(init_pid: int, pids: Callable[[], Iterable[int]], sockets: Iterable[UnixSocket]) -> str | None:
+    """What keeps a container from being checkpointed, in words, or None. As `entanglement`; most listen on none."""
     sockets = [one for one in sockets if one.listening and one.device is not None]
     if not sockets:
         return None
-    own = processes.socket_inodes(pids)
+    own = processes.socket_inodes(pids())
     return _listens(init_pid, [one for one in sockets if one.inode in own])
 
 

@@ -158,7 +158,7 @@ class Workload(Processes):
 
     async def dump(self, unless: asyncio.Event) -> int:
         try:
-            why = listens_in_volume(self.init_pid, self._cgroup.procs(), self._unix_sockets())
+            why = listens_in_volume(self.init_pid, self._cgroup.procs, self._unix_sockets())
         except OSError as error:
             why = f"its unix sockets can't be listed: {error}"
         if why is not None:

@@ -31,7 +31,7 @@ time.sleep(1000)
 
 def listens(container: Box) -> str | None:
     with container.network(lambda: Netlink(netlink.NETLINK_SOCK_DIAG)) as diag:
-        return listens_in_volume(container.pid, processes.tree(container.pid), sockets.unix(diag))
+        return listens_in_volume(container.pid, lambda: processes.tree(container.pid), sockets.unix(diag))
 
 
 def run(box: Callable[..., Box], path: str, volume: Path | None = None) -> Box:
