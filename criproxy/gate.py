@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS: Final = 1.0
 """How long a request to a quiet port, which is under way when all else is idle, holds a scale-down up."""
 
+OPEN_ROUNDS: Final = 8
+"""How often `open` delivers what came in while it delivered, before it lets everything pass: who sends without a pause
+mustn't hold up everybody else."""
+
 
 class Gate:
     def __init__(
@@ -56,6 +60,7 @@ class Gate:
         self._parked_segments: set[bytes] = set()
         # An adopted slot has them already; what it listened on while it ran can't be seen while it sleeps.
         self._ports, self._quiet_ports = network.ports(slot)
+        self._passes = False
         self.overflowed = 0
         """Packets that found the parking full. TCP sends them again by itself."""
         self.on_wanted: Callable[[], None] = lambda: None
@@ -65,6 +70,10 @@ class Gate:
 
     def park(self, parked: Parked) -> None:
         """Takes a packet that the hook parked for this container."""
+        if self._passes:
+            # The hook had seen the mode before `open` changed it, and has put the packet into the ring after that.
+            self._network.send([parked])
+            return
         segment = packet.identity(parked.frame, parked.payload)
         if parked.rst:
             # Whatever the peer has sent before, it wants no answer to it any more.
@@ -128,9 +137,11 @@ class Gate:
         return any(parked.wakes for parked in self._parked)
 
     def park_new(self) -> None:
+        self._passes = False
         self._network.park(self._slot, Park.NEW)
 
     def park_all(self) -> None:
+        self._passes = False
         # Those that the kernel has a socket of: what has no owner any more the kernel brings to its end by itself.
         self._flows = [s.flow for s in self._own_sockets() if s.connected]
         self._network.park(self._slot, Park.ALL, self._flows)
@@ -146,18 +157,23 @@ class Gate:
 
     def open(self) -> None:
         # While the hook still parks, replayed packets pass it by their mark: what came first is delivered first.
-        while self._parked:
+        for _ in range(OPEN_ROUNDS):
+            if not self._parked:
+                break
             self._send_parked()
             self._network.poll()
         self._network.park(self._slot, Park.PASS)
         self._network.poll()
         self._send_parked()
+        self._passes = True
 
     def close(self) -> None:
         """The container is gone: its ports are nobody's, what is parked for it is dropped."""
         self._take()
         self._network.park(self._slot, Park.PASS)
-        self._assign(frozenset(), frozenset())
+        # Also what another daemon has assigned to the slot.
+        self._ports, self._quiet_ports = frozenset(), frozenset()
+        self._network.assign(self._slot, ())
 
     # --- inside: what is parked ----------------------------------------------------------------------------
 

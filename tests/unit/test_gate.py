@@ -336,6 +336,7 @@ def test_what_is_sent_again_is_parked_once(network: FakeNetwork) -> None:
     assert made.overflowed == 0
     made.open()
     assert [packet.payload for packet in network.sent] == [0, 1]
+    made.park_all()
     made.park(parked(1, 1, fin=True))
     made.open()
     assert len(network.sent) == 3
@@ -359,3 +360,44 @@ def test_the_limit(network: FakeNetwork) -> None:
     assert made.overflowed == 2
     made.open()
     assert len(network.sent) == 10
+
+
+def test_who_sends_without_a_pause_does_not_hold_up_everybody(
+    network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = gate(network)
+    modes: list[Park] = []
+    polls = 0
+
+    def flood() -> None:
+        nonlocal polls
+        polls += 1
+        assert polls < 1000
+        made.park(parked(1, polls, syn=True))
+
+    monkeypatch.setattr(network, "poll", flood)
+    monkeypatch.setattr(network, "park", lambda slot, mode, flows=(): modes.append(mode))
+    made.park(parked(1, 0, syn=True))
+    made.open()
+    assert modes == [Park.PASS]
+    assert len(network.sent) == polls + 1
+
+
+def test_a_straggler_is_delivered_at_once(network: FakeNetwork) -> None:
+    made = gate(network)
+    made.park_all()
+    made.open()
+    straggler = parked(1, 1, syn=True)
+    made.park(straggler)
+    assert network.sent == [straggler]
+    made.park_new()
+    made.park(parked(2, 1, syn=True))
+    assert network.sent == [straggler]
+
+
+def test_the_ports_of_one_that_is_gone_are_nobody_s(network: FakeNetwork) -> None:
+    made = gate(network, declared=frozenset({HTTP}))
+    made._assign(frozenset(), frozenset())
+    network.assigned = {METRICS}, {DNS}
+    made.close()
+    assert network.assigned == (set(), set())
