@@ -54,6 +54,8 @@ enum { CANNOT_EXECUTE = 126, NOT_FOUND = 127, INIT_FAILED = 125 };
 typedef uint64_t signals;
 #define ONE(signum) (1ULL << ((signum) - 1))
 
+static const signals orders = ONE(HOLD) | ONE(RELEASE) | ONE(START);
+
 static char **command;
 static signals inherited_mask;
 static struct sigaction inherited_chld;
@@ -61,6 +63,7 @@ static struct sigaction inherited_chld;
 static pid_t guard;       /* the root of the tree below, 0 if there is none any more */
 static pid_t application; /* COMMAND; a child of the guard, of ours if the guard was killed */
 static int held;
+static int application_ended, guard_ended; /* taken by reap(), not yet decided upon */
 static signals kept; /* what came for the application while held */
 static int status; /* wait status of the application, or of the guard if that died before there was one */
 
@@ -205,6 +208,7 @@ static void start(void)
 
 	status = INIT_FAILED << 8;
 	guard = application = 0;
+	application_ended = guard_ended = 0;
 	if (pipe2(report, O_CLOEXEC) < 0) {
 		complain("pipe", command[0], errno);
 		return;
@@ -270,9 +274,10 @@ static void pass_on_kept(void)
 		}
 }
 
+/* Takes what has ended. What that means is for decide() to say, once the orders are known that were given before. */
 static void reap(void)
 {
-	int how, application_ended = 0, guard_ended = 0;
+	int how;
 	pid_t child;
 
 	while ((child = waitpid(-1, &how, WNOHANG)) > 0) {
@@ -286,16 +291,21 @@ static void reap(void)
 				status = how;
 		}
 	}
-	if (held)
-		return;
-	if (application_ended)
-		finish();
-	/* The guard alone was killed (kill(-1, SIGKILL)): the application is ours now and goes on. */
-	if (guard_ended) {
-		guard = 0;
-		if (!alive(application))
+}
+
+static void decide(void)
+{
+	if (!held) {
+		if (application_ended)
 			finish();
+		/* The guard alone was killed (kill(-1, SIGKILL)): the application is ours now and goes on. */
+		if (guard_ended) {
+			guard = 0;
+			if (!alive(application))
+				finish();
+		}
 	}
+	application_ended = guard_ended = 0;
 }
 
 static void obey(int order)
@@ -313,6 +323,7 @@ static void obey(int order)
 			reap();
 			finish();
 		}
+		application_ended = guard_ended = 0;
 		pass_on_kept();
 		break;
 	case START:
@@ -350,13 +361,22 @@ static void handle(int signum, const siginfo_t *info)
 		kill(application, signum);
 }
 
-int main(int argc, char **argv)
+static void obey_all(void)
 {
 	static const struct timespec now;
-	const signals all = ~0ULL, orders = ONE(HOLD) | ONE(RELEASE) | ONE(START);
+	siginfo_t info;
+	int signum;
+
+	while ((signum = next_signal(orders, &info, &now)) > 0)
+		handle(signum, &info);
+}
+
+int main(int argc, char **argv)
+{
+	const signals all = ~0ULL;
 	struct sigaction plain = { .sa_handler = SIG_DFL };
-	siginfo_t info, order;
-	int signum, other;
+	siginfo_t info;
+	int signum;
 
 	if (argc < 3 || strcmp(argv[1], "--") != 0) {
 		static const char usage[] = "usage: init -- COMMAND [ARGUMENT...]\n";
@@ -377,12 +397,12 @@ int main(int argc, char **argv)
 			continue;
 		/* SIGCHLD has the lower number and so comes first, but what happened first may have been a HOLD. */
 		if (!(ONE(signum) & orders))
-			while ((other = next_signal(orders, &order, &now)) > 0)
-				handle(other, &order);
+			obey_all();
 		handle(signum, &info);
-		while ((other = next_signal(orders, &order, &now)) > 0)
-			handle(other, &order);
 		reap();
+		/* The end that was just taken may be the work of somebody who gave an order before: it is pending by now. */
+		obey_all();
+		decide();
 		end_asleep();
 	}
 }

@@ -346,6 +346,7 @@ def test_signals_that_come_while_it_is_held_are_passed_on_when_it_goes_on() -> N
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_asleep_it_ends_when_it_is_asked_to(signum: int) -> None:
     with started("sleep", "60") as container:
+        container.application()
         checkpoint.hold(container.pid)
         os.kill(container.application(), signal.SIGKILL)
         container.tree_gone()
@@ -358,6 +359,7 @@ def test_asleep_it_ends_when_it_is_asked_to(signum: int) -> None:
 
 def test_asked_to_end_during_a_dump_it_does_so_after_it() -> None:
     with started("sleep", "60") as container:
+        container.application()
         checkpoint.hold(container.pid)
         application = container.application()
         container.kill(signal.SIGTERM)
