@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -412,6 +413,9 @@ def test_every_thread_comes_back_as_it_was(change: Change, kubelet: Kubelet, pro
         if change is not restricted:
             # Each thread has set about to be another.
             eventually(lambda: len(_kinds(pid)) >= 3, "the threads differ")
+        # A new thread has all signals blocked until it is ready; then it may still be on its way to what it will be.
+        eventually(lambda: {status(pid, tid)["SigBlk"] for tid in threads(pid)} == {"0" * 16}, "the threads are ready")
+        eventually(lambda: steady(specimen.container), "the threads are what they are going to be")
         before = attributes(specimen.container)
         assert len(list(threads(pid))) == 5
         for _ in range(2):
@@ -421,8 +425,14 @@ def test_every_thread_comes_back_as_it_was(change: Change, kubelet: Kubelet, pro
             # The connection is at its end for the application, too.
             known = eventually(lambda: seen(daemon, specimen.id).restores and seen(daemon, specimen.id), "a restore")
             assert known.state == "running"
-            after = eventually(lambda: _settled(specimen.container, before), "the threads are as before", timeout=2)
+            after = eventually(lambda: _settled(specimen.container, before), "the threads are as before")
             assert after == before
+
+
+def steady(container: Container) -> bool:
+    before = attributes(container)
+    time.sleep(0.1)
+    return attributes(container) == before
 
 
 def _kinds(pid: int) -> set[tuple[str, ...]]:
