@@ -25,7 +25,7 @@ import shutil
 import signal
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,17 +101,30 @@ class RestoreError(Exception):
 
 
 def hold(init_pid: int) -> None:
-    """From now on the application's end isn't the container's.
+    """From now on the application's end isn't the container's. May sleep: for where nothing else waits.
 
     Raises ProcessLookupError if the container has ended, and CheckpointError if its init doesn't run (a frozen cgroup).
     """
+    for pause in _until_heard(init_pid):
+        time.sleep(pause)
+    _order(init_pid, _HOLD)
+
+
+async def take_hold(init_pid: int) -> None:
+    """As `hold`, for the event loop."""
+    for pause in _until_heard(init_pid):
+        await asyncio.sleep(pause)
+    _order(init_pid, _HOLD)
+
+
+def _until_heard(init_pid: int) -> Iterator[float]:
+    """Seconds to sleep, again and again, until init has taken all orders that were sent to it."""
     # Init sees pending signals by their number: a HOLD would overtake a RELEASE or START that it hasn't seen yet.
     deadline = time.monotonic() + _HEARING_SECONDS
     while _pending(init_pid) & _ORDERS:
         if time.monotonic() > deadline:
             raise CheckpointError("the container's init doesn't run: the container is paused, or has no processor time")
-        time.sleep(0.001)
-    _order(init_pid, _HOLD)
+        yield 0.001
 
 
 def release(init_pid: int) -> None:
@@ -250,7 +263,10 @@ class Criu:
             images.mkdir(mode=0o700)
             saved.write(_beside(images))
             Kept.hold(init_pid, [process.pid for process in tree], images)
-            hold(init_pid)
+            await take_hold(init_pid)
+        except asyncio.CancelledError:
+            discard(images)
+            raise
         except (OSError, run.CommandError) as error:
             discard(images)
             raise CheckpointError(_sentence(error)) from error
@@ -512,10 +528,15 @@ def complete(images: Path) -> bool:
     return (images / "inventory.img").exists() and _beside(images).exists()
 
 
+def spoil(images: Path) -> None:
+    """What is there is no complete checkpoint any more, to nobody. Idempotent."""
+    (images / "inventory.img").unlink(missing_ok=True)
+
+
 def discard(images: Path) -> None:
     """Deletes a checkpoint, if there is one. Idempotent."""
     # The inventory first: what is deleted half must not look complete.
-    (images / "inventory.img").unlink(missing_ok=True)
+    spoil(images)
     with contextlib.suppress(OSError, ValueError):
         if (kept := Kept.of(images)) is not None:
             kept.close()
@@ -657,5 +678,7 @@ __all__ = [
     "hold",
     "may_signal",
     "release",
+    "spoil",
     "start",
+    "take_hold",
 ]

@@ -207,6 +207,12 @@ class Workload(Processes):
     def kept(self) -> bool:
         return checkpoint.complete(self._images)
 
+    def spoil(self) -> None:
+        checkpoint.spoil(self._images)
+
+    def running(self) -> bool:
+        return checkpoint.application_pid(self.init_pid) is not None
+
     def loading(self) -> bool:
         loader = self._known_loader()
         return loader is not None and not loader.loaded()
@@ -234,7 +240,7 @@ class Workload(Processes):
             log.info("pid %d was restored differently: %s", self.init_pid, remark)
 
     async def end(self, *, at_once: bool = False) -> None:
-        checkpoint.hold(self.init_pid)
+        await checkpoint.take_hold(self.init_pid)
         application = checkpoint.application_pid(self.init_pid)
         if at_once:
             await self._kill_remains()
@@ -250,10 +256,14 @@ class Workload(Processes):
         checkpoint.start(self.init_pid)
 
     async def rescue(self) -> None:
-        if checkpoint.application_pid(self.init_pid) is None:
-            await self.start_afresh()
-        else:
+        if self.running():
             checkpoint.release(self.init_pid)
+        else:
+            await self.start_afresh()
+
+    async def kill(self) -> None:
+        aftermath.send([self._init], signal.SIGKILL)
+        await aftermath.gone([self._init])
 
     def discard(self) -> None:
         self._forget_loader()

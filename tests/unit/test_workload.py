@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from criproxy import checkpoint
+from criproxy.checkpoint import CheckpointError
 from criproxy.workload import Processes, Workload, signal_number
 
 
@@ -54,5 +56,25 @@ async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
     workload: Any = Workload.__new__(Workload)
     workload.init_pid, workload._images, workload._loader, workload._close = 1, tmp_path, None, False
     workload._criu = SimpleNamespace(dump=dump)
-    workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None)
+    workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None, procs=list)
+    workload._unix_sockets = list
     assert await workload.dump(asyncio.Event()) == 4
+
+
+@pytest.mark.parametrize("hears", [True, False])
+async def test_an_init_that_does_not_hear_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch, hears: bool) -> None:
+    monkeypatch.setattr(checkpoint, "_HEARING_SECONDS", 0.05)
+    release_is_pending, sent = True, []
+    monkeypatch.setattr(checkpoint, "_pending", lambda pid: 1 << 61 if release_is_pending else 0)
+    monkeypatch.setattr(checkpoint, "_order", lambda pid, order: sent.append(order))
+    task = asyncio.create_task(checkpoint.take_hold(7))
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    release_is_pending = not hears
+    if hears:
+        await task
+        assert sent == [61]
+    else:
+        with pytest.raises(CheckpointError, match="doesn't run"):
+            await task
+        assert not sent
