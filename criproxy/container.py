@@ -169,6 +169,8 @@ class Container:
         self._cpu_activity = cpu_activity
         self._check = check
         self._unhooked: str | None = None
+        self._is_up = False
+        """While it is brought back: its processes run, but may not listen yet."""
         self._save = save
         self._changed = asyncio.Condition()
         self._wanted = asyncio.Event()
@@ -217,7 +219,7 @@ class Container:
         self._wanted.set()
         try:
             async with self._changed:
-                await self._changed.wait_for(lambda: self.record.state in AWAKE)
+                await self._changed.wait_for(lambda: self.record.state in AWAKE or self._is_up)
             yield
         finally:
             self._holders.remove(why)
@@ -444,6 +446,13 @@ class Container:
         # processes beside `scaled_down` tell whoever adopts the container the same as `restoring` does.
         await self._enter(State.RESTORING, soon=True)
         reason = await self._method.up()
+        self._is_up = True
+        async with self._changed:
+            self._changed.notify_all()
+        try:
+            await self._method.ready()
+        finally:
+            self._is_up = False
         self._gate.open()
         self._active = time.monotonic()
         self.record.restores += 1

@@ -10,6 +10,7 @@ When a method's `down()` is called, the container's gate parks all packets; afte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 RESTORE_ATTEMPTS = 3
 LISTEN_SECONDS = 60.0
 """How long packets stay parked for an application that was started afresh and doesn't listen yet."""
+
+END_ATTEMPTS = 3
+END_PAUSE = 1.0
+"""Seconds between the attempts to end an application that mustn't go on."""
 
 
 class Refused(Exception):
@@ -46,6 +51,9 @@ class Method(Protocol):
 
     async def up(self) -> str:
         """Brings the application back, whatever it takes. Returns what a person has to be told (state was lost)."""
+
+    async def ready(self) -> None:
+        """Waits until the application that `up()` has brought back can be given its packets."""
 
     async def settle(self) -> str:
         """What is left to do when packets flow again, also of what an earlier daemon has begun. Returns what a person
@@ -77,6 +85,12 @@ class Workload(Protocol):
     def kept(self) -> bool:
         """Whether there is a checkpoint, be it that the processes are back or not."""
 
+    def spoil(self) -> None:
+        """The checkpoint is no way back any more, for the next daemon neither."""
+
+    def running(self) -> bool:
+        """Whether the application's main process is there."""
+
     def loading(self) -> bool:
         """Whether the restored processes run, but not all of their memory is there yet."""
 
@@ -94,6 +108,9 @@ class Workload(Protocol):
 
     async def rescue(self) -> None:
         """Whatever happened before: keeps the application if its processes are there, else starts it afresh."""
+
+    async def kill(self) -> None:
+        """Ends the container."""
 
     def discard(self) -> None:
         """Deletes the checkpoint."""
@@ -136,6 +153,7 @@ class Restart:
     def __init__(self, workload: Workload, gate: Gate) -> None:
         self._workload = workload
         self._gate = gate
+        self._afresh = False
 
     async def down(self, wanted: asyncio.Event) -> int:
         try:
@@ -147,6 +165,15 @@ class Restart:
     async def up(self) -> str:
         await self._start_afresh()
         return ""
+
+    async def ready(self) -> None:
+        if not self._afresh:
+            return
+        deadline = time.monotonic() + LISTEN_SECONDS
+        while (silent := self._gate.silent()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        if silent:
+            log.warning("%s after %.0f s; parked packets are delivered all the same", silent, LISTEN_SECONDS)
 
     async def settle(self) -> str:
         return ""
@@ -162,21 +189,13 @@ class Restart:
 
     async def _start_afresh(self) -> None:
         await self._workload.start_afresh()
-        deadline = time.monotonic() + LISTEN_SECONDS
-        while (silent := self._gate.silent()) and time.monotonic() < deadline:
-            await asyncio.sleep(0.005)
-        if silent:
-            log.warning("%s after %.0f s; parked packets are delivered all the same", silent, LISTEN_SECONDS)
+        self._afresh = True
 
 
 class Checkpoint(Restart):
     """Where a restore fails for good, or gives the application more rights than it had, it is a restart after all."""
 
     tier = Tier.CHECKPOINT
-
-    def __init__(self, workload: Workload, gate: Gate) -> None:
-        super().__init__(workload, gate)
-        self._afresh = False
 
     async def down(self, wanted: asyncio.Event) -> int:
         try:
@@ -190,6 +209,9 @@ class Checkpoint(Restart):
 
     async def up(self) -> str:
         self._afresh = False
+        if not self._workload.kept():
+            await self._start_afresh()
+            return "started afresh, its state was lost: there is no complete checkpoint"
         for attempt in range(1, RESTORE_ATTEMPTS + 1):
             try:
                 # What may be wrong with loading memory later isn't tried twice.
@@ -199,7 +221,6 @@ class Checkpoint(Restart):
                 log.error("restore failed (attempt %d of %d): %s", attempt, RESTORE_ATTEMPTS, error)
                 failure = str(error)
         await self._start_afresh()
-        self._afresh = True
         return f"started afresh, its state was lost: restore failed: {failure}"
 
     async def settle(self) -> str:
@@ -219,17 +240,55 @@ class Checkpoint(Restart):
     def unfinished(self) -> str:
         return "its memory is still being loaded" if self._workload.loading() else ""
 
+    async def rescue(self) -> None:
+        if self._workload.kept() and not self._workload.running():
+            try:
+                self._afresh = False
+                await self._workload.restore(lazily=False)
+                await self.settle()
+                self._workload.discard()
+                return
+            except Exception:
+                log.exception("what is in its checkpoint could not be rescued")
+        await self._workload.rescue()
+
     async def _replace(self, why: str, *, at_once: bool = False) -> str:
         self._gate.park_all()
+        # If we don't come to the end of this, the next daemon mustn't go back to it.
+        self._workload.spoil()
         try:
-            await self._workload.end(at_once=at_once)
+            if not await self._end(at_once):
+                await self._workload.kill()
+                return f"its container was killed, as its processes could not be ended: {why}"
             await self._start_afresh()
+        except asyncio.CancelledError:
+            # Nobody could tell later that what runs is about to end, and isn't to end its container.
+            with contextlib.suppress(CheckpointError, OSError):
+                await self._workload.end(at_once=True)
+                await self._start_afresh()
+            raise
+        except ProcessLookupError:
+            raise  # the container has ended
         except Exception:
             # To the state machine it runs, so nobody else would.
             await self._workload.rescue()
             raise
+        await self.ready()
         self._gate.open()
         return f"started afresh, its state was lost: {why}"
+
+    async def _end(self, at_once: bool) -> bool:
+        for attempt in range(1, END_ATTEMPTS + 1):
+            try:
+                await self._workload.end(at_once=at_once)
+                return True
+            except (CheckpointError, OSError) as error:
+                if isinstance(error, ProcessLookupError):
+                    raise
+                log.error("it could not be ended (attempt %d of %d): %s", attempt, END_ATTEMPTS, error)
+                if attempt < END_ATTEMPTS:
+                    await asyncio.sleep(END_PAUSE)
+        return False
 
 
 class Freeze:
@@ -253,6 +312,8 @@ class Freeze:
     async def up(self) -> str:
         self._workload.thaw()
         return ""
+
+    async def ready(self) -> None: ...
 
     async def settle(self) -> str:
         return ""

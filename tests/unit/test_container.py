@@ -37,6 +37,8 @@ class FakeWorkload:
         self.load.set()
         self.pages_are_in = True
         self.gone = False
+        self.runs = True
+        self.end_errors: list[Exception] = []
         self.entangled_with: str | None = None
         self.freeze_errors: list[Exception] = []
         self.during_freeze: Callable[[], None] = lambda: None
@@ -64,6 +66,8 @@ class FakeWorkload:
             raise GivenUp("wanted")
         if self.dump_errors:
             raise self.dump_errors.pop(0)
+        self.runs = False
+        self.has_images = True
         return 42
 
     def streams(self) -> dict[Flow, Stream]:
@@ -71,6 +75,17 @@ class FakeWorkload:
 
     def kept(self) -> bool:
         return self.has_images
+
+    def spoil(self) -> None:
+        self.log.append("spoil")
+        self.has_images = False
+
+    def running(self) -> bool:
+        return self.runs
+
+    async def kill(self) -> None:
+        self.log.append("kill container")
+        self.gone = True
 
     def loading(self) -> bool:
         return not self.load.is_set()
@@ -84,6 +99,7 @@ class FakeWorkload:
         self.log.append("restore" if lazily else "restore all")
         if self.restore_errors:
             raise self.restore_errors.pop(0)
+        self.runs = True
 
     async def verify(self) -> None:
         self.log.append("verify")
@@ -92,9 +108,13 @@ class FakeWorkload:
 
     async def end(self, *, at_once: bool = False) -> None:
         self.log.append("kill" if at_once else "end")
+        if self.end_errors:
+            raise self.end_errors.pop(0)
+        self.runs = False
 
     async def start_afresh(self) -> None:
         self.log.append("start_afresh")
+        self.runs = True
 
     async def rescue(self) -> None:
         self.log.append("rescue")
@@ -436,7 +456,7 @@ async def test_if_the_rest_of_its_memory_is_lost_it_is_killed_and_started_afresh
     await f.until(State.RUNNING)
     f.workload.load.set()
     await eventually(lambda: "its state was lost" in f.container.reason())
-    assert f.log[f.log.index("verify") :] == ["verify", "park_all", "kill", "start_afresh", "open", "discard"]
+    assert f.log[f.log.index("verify") :] == ["verify", "park_all", "spoil", "kill", "start_afresh", "open", "discard"]
 
 
 async def test_an_adopted_container_waits_for_what_an_earlier_daemon_has_begun(make: Make) -> None:
@@ -838,3 +858,91 @@ async def test_the_hook_is_looked_at_before_it_is_parked(make: Make) -> None:
     await f.until(State.SCALED_DOWN)
     # What may have passed an absent hook counts as activity: the first parking is off.
     assert looks == [State.RUNNING, State.RUNNING]
+
+
+@pytest.mark.parametrize("state", [State.CHECKPOINTING, State.SCALED_DOWN])
+async def test_an_internal_error_does_not_cost_a_checkpoint(make: Make, state: State) -> None:
+    f = make()
+
+    def broken(*_: object) -> bool:
+        raise ValueError("bug")
+
+    f.gate.stand_in = broken  # type: ignore[method-assign, assignment]
+    if state is State.SCALED_DOWN:
+        f.gate.stand_in = lambda streams: None  # type: ignore[method-assign]
+        f.gate.wanted = broken  # type: ignore[method-assign]
+    await f.until(State.DISABLED)
+    assert f.log[-4:] == ["restore all", "verify", "discard", "open"]
+    assert not {"rescue", "start_afresh"} & set(f.log)
+
+
+async def test_what_could_not_be_rescued_from_its_checkpoint_is_started_afresh(make: Make) -> None:
+    f = make()
+
+    def broken(*_: object) -> bool:
+        raise ValueError("bug")
+
+    f.gate.wanted = broken  # type: ignore[method-assign]
+    f.workload.restore_errors = [RestoreError("bad images")]
+    await f.until(State.DISABLED)
+    assert f.log[-3:] == ["restore all", "rescue", "open"]
+
+
+async def test_what_is_replaced_can_not_be_restored_by_the_next_daemon(make: Make) -> None:
+    f = make()
+    f.workload.verify_error = AttributesChanged("LSM label was x, is unconfined")
+    ending = asyncio.Event()
+
+    async def end(*, at_once: bool = False) -> None:
+        f.log.append("kill" if at_once else "end")
+        if not at_once:
+            ending.set()
+            await asyncio.sleep(60)
+
+    f.workload.end = end  # type: ignore[method-assign]
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await asyncio.wait_for(ending.wait(), 5)
+    await f.container.close()
+    assert f.log[-4:] == ["spoil", "end", "kill", "start_afresh"]
+
+
+async def test_without_a_complete_checkpoint_it_is_started_afresh_at_once(make: Make) -> None:
+    f = make(state=State.SCALED_DOWN)
+    f.workload.has_images = False
+    f.packet()
+    await eventually(lambda: "no complete checkpoint" in f.record.reason)
+    assert "restore" not in f.log
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+async def test_who_has_more_rights_than_before_does_not_stay(
+    make: Make, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    monkeypatch.setattr(scaledown, "END_PAUSE", 0.001)
+    f = make()
+    f.workload.verify_error = AttributesChanged("LSM label was x, is unconfined")
+    f.workload.end_errors = [CheckpointError("the container's init doesn't run")] * failures
+    await f.until(State.SCALED_DOWN)
+    f.packet()
+    await eventually(lambda: "discard" in f.log)
+    done = f.log[f.log.index("spoil") :]
+    if failures == 2:
+        assert done[:5] == ["spoil", "end", "end", "end", "start_afresh"]
+        assert "kill container" not in f.log
+    else:
+        assert done[:5] == ["spoil", "end", "end", "end", "kill container"]
+        assert "start_afresh" not in f.log
+
+
+async def test_a_call_does_not_wait_until_a_fresh_application_listens(make: Make) -> None:
+    f = make(tiers=(Tier.RESTART,))
+    await f.until(State.SCALED_DOWN)
+    f.gate.quiet_reason = "doesn't listen on 80 (yet)"
+    async with asyncio.timeout(5), f.container.awake("StopContainer"):
+        assert f.record.state is State.RESTORING
+        assert f.log[-1] == "start_afresh"
+        assert "open" not in f.log
+        f.gate.quiet_reason = None
+        await f.until(State.RUNNING)
+        assert "open" in f.log
