@@ -16,7 +16,7 @@ def test_no_client_notices_anything(tmp_path: Path) -> None:
     result, plot = tmp_path / "soak.json", tmp_path / "soak.svg"
     # A process of its own, for it is a program, and its lab can run beside that of the other tests.
     done = subprocess.run(
-        [sys.executable, "-m", "lab.soak", f"--cycles={CYCLES}", "--seconds=60", f"--json={result}", f"--svg={plot}"],
+        [sys.executable, "-m", "lab.soak", f"--cycles={CYCLES}", "--seconds=180", f"--json={result}", f"--svg={plot}"],
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
