@@ -152,12 +152,13 @@ class Container:
         methods: Sequence[Method],
         cpu_activity: float = 0.05,
         check: Callable[[], Awaitable[None]] = _nothing,
+        give_up: str = "",
         save: Callable[[Record], None],
     ) -> None:
         """`duration`: seconds without activity before a scale-down, 0 = never. `cpu_activity`: share of a core.
 
         `methods`: how it may be scaled down, the best first. `check` looks after the pod's network hook, and says what
-        it finds by `hooked`.
+        it finds by `hooked`. `give_up`: why it is brought back, if it sleeps, and no longer scaled down.
         """
         self.record = record
         self._workload = workload
@@ -168,6 +169,7 @@ class Container:
             record.tier = self._attempts[0].method.tier.value
         self._cpu_activity = cpu_activity
         self._check = check
+        self._give_up = give_up
         self._unhooked: str | None = None
         self._is_up = False
         """While it is brought back: its processes run, but may not listen yet."""
@@ -273,9 +275,13 @@ class Container:
                 # Adopted: a daemon that died while it parked has left the gate closed, and one that died after it had
                 # brought the application back has left the rest to do.
                 self._gate.open()
-                await self._settle(self.record.reason)
+                await self._settle("" if self._give_up else self.record.reason)
             while True:
                 # An adopted container may begin anywhere in here.
+                if self._give_up and self.record.state is State.RUNNING:
+                    self.record.tier = ""
+                    await self._enter(State.DISABLED, "; ".join(filter(None, (self.record.reason, self._give_up))))
+                    return
                 if self.record.state is State.RUNNING:
                     if not await self._park(await self._until_idle()):
                         continue
@@ -434,7 +440,7 @@ class Container:
         return True
 
     async def _until_wanted(self) -> None:
-        if not self._holders and not self._gate.wanted() and self._unhooked is None:
+        if not (self._holders or self._gate.wanted() or self._unhooked is not None or self._give_up):
             self._wanted.clear()
             # Not looked at the gate again: where the parking was full, the packet that wants the container isn't in it.
             await self._wanted.wait()

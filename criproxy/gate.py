@@ -260,6 +260,32 @@ class Gate:
         return latest if complete else activity.others
 
 
+class NoGate:
+    """In a pod without a hook: nothing is parked, and nothing is known of its packets."""
+
+    def last_activity(self) -> float:
+        return 0.0
+
+    def park_new(self) -> None: ...
+
+    def park_all(self) -> None: ...
+
+    def stand_in(self, streams: Mapping[Flow, Stream]) -> None: ...
+
+    def sockets_stay(self) -> None: ...
+
+    def unsettled(self) -> str | None:
+        return None
+
+    def silent(self) -> str | None:
+        return None
+
+    def wanted(self) -> bool:
+        return False
+
+    def open(self) -> None: ...
+
+
 def _address(s: Socket) -> str:
     host, port = s.remote
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -176,6 +176,18 @@ class PodNetwork:
         """Removes the pins of a pod that is gone; its hook went with its network namespace."""
         unpin(pins)
 
+    @staticmethod
+    def strip(netns: Path) -> None:
+        """Removes the filters of a hook that nobody can take over: what it parks would stay parked. Raises OSError."""
+
+        def remove() -> None:
+            with Netlink(netlink.NETLINK_ROUTE) as route:
+                for link in netlink.links(route):
+                    for direction in DIRECTIONS:
+                        netlink.delete_filter(route, link.index, direction, PREFERENCE, HANDLE)
+
+        in_network_namespace(netns, remove)
+
     # --- slots -------------------------------------------------------------------------------------------------
 
     def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None:

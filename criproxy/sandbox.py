@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,11 +15,12 @@ from criproxy.bpf import BpfError
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Container, Record, State
-from criproxy.gate import Gate
+from criproxy.gate import Gate, NoGate
 from criproxy.network import NetworkError, PodNetwork
 from criproxy.pod_maps import SLOTS, Park, Parked
 from criproxy.policy import Connections, Policy, Tier
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
+from criproxy.sockets import UnixSocket
 from criproxy.workload import Processes, Workload
 
 log = logging.getLogger(__name__)
@@ -110,7 +113,12 @@ class Sandbox:
                 # Half made by a daemon that was killed, or by another version.
                 log.warning("%s/%s: hooked anew: %s", self.record.namespace, self.record.name, error)
                 PodNetwork.discard(self._pins)
-        return PodNetwork.attach(netns, self._pins)
+        try:
+            return PodNetwork.attach(netns, self._pins)
+        except (NetworkError, BpfError):
+            with contextlib.suppress(OSError):
+                PodNetwork.strip(netns)
+            raise
 
     async def detach(self) -> None:
         """Takes the hook away. The pod's network namespace may be gone already."""
@@ -144,17 +152,21 @@ class Sandbox:
 
     def start(self, member: Member) -> None:
         """The container runs (its init's pid is in the record): its state machine begins or resumes."""
-        if self._network is None:
-            member.disable(self.record.problem or "the pod's network hook is missing")
-            return
         record = member.record
+        if self._network is None:
+            why = self.record.problem or "the pod's network hook is missing"
+            if record.state is State.STARTING:
+                member.disable(why)
+            else:
+                self._give_up(member, why)
+            return
         if record.slot is None:
             taken = {m.record.slot for m in self.containers.values()}
             record.slot = next((s for s in range(SLOTS) if s not in taken), None)
         if record.slot is None:
             member.disable(f"more than {SLOTS} containers of one pod can't be scaled down")
             return
-        workload = self._workload(member, self._network)
+        workload = self._workload(member, self._network.unix_sockets)
         gate = Gate(
             self._network,
             record.slot,
@@ -181,6 +193,20 @@ class Sandbox:
             gate.stand_in(workload.streams())  # the daemon before may have died between checkpoint and this
         member.live(container, workload, gate)
 
+    def _give_up(self, member: Member, why: str) -> None:
+        """An earlier daemon's: it may sleep, or be back but not settled, and no packet would ever wake it."""
+        workload, gate = self._workload(member, list), NoGate()
+        container = Container(
+            member.record,
+            workload,
+            gate,
+            duration=0,
+            methods=self._methods(workload, gate),
+            give_up=why,
+            save=lambda _: member.save(),
+        )
+        member.live(container, workload, None)
+
     def release(self, member: Member) -> None:
         """The container has ended, or is left alone, and no gate of it is there: its slot is nobody's.
 
@@ -192,14 +218,14 @@ class Sandbox:
         member.record.slot = None
         member.note()
 
-    def _workload(self, member: Member, network: PodNetwork) -> Processes:
+    def _workload(self, member: Member, unix_sockets: Callable[[], list[UnixSocket]]) -> Processes:
         record = member.record
         if not record.bundle:
-            return Processes(record.id, record.pid, network.unix_sockets)
+            return Processes(record.id, record.pid, unix_sockets)
         return Workload(
             record.id,
             record.pid,
-            network.unix_sockets,
+            unix_sockets,
             member.folder,
             self._criu,
             stop_signal=record.stop_signal,
@@ -208,7 +234,7 @@ class Sandbox:
             clock=self.policy.clock,
         )
 
-    def _methods(self, workload: Processes, gate: Gate) -> list[Method]:
+    def _methods(self, workload: Processes, gate: Gate | NoGate) -> list[Method]:
         if not isinstance(workload, Workload):
             return [Freeze(workload, gate)]
         if self.policy.tier is Tier.RESTART:
@@ -230,7 +256,7 @@ class Member:
         self._pidfd: int | None = None
         self._ending: asyncio.Task[None] | None = None
 
-    def live(self, container: Container, workload: Processes, gate: Gate) -> None:
+    def live(self, container: Container, workload: Processes, gate: Gate | None) -> None:
         # The init's end is the container's end, whoever caused it; a pidfd tells it under every runtime version.
         self._pidfd = os.pidfd_open(self.record.pid)
         self.container, self.workload, self.gate = container, workload, gate
@@ -248,10 +274,10 @@ class Member:
 
     async def _exited(self) -> None:
         assert self.container is not None
-        assert self.gate is not None
         try:
             await self.container.exited()
-            self.gate.close()
+            if self.gate is not None:
+                self.gate.close()
         except Exception:
             # Whoever removes the container waits for this, and must be able to.
             log.exception("container %s: what follows its end failed", self.record.id)

@@ -185,6 +185,7 @@ class Fixture:
         state: State = State.STARTING,
         tier: str = "",
         untouched: str = "",
+        give_up: str = "",
     ) -> None:
         self.log: list[str] = []
         self.states: list[State] = []
@@ -202,6 +203,7 @@ class Fixture:
             self.gate,
             duration=duration,
             methods=[methods[tier] for tier in tiers],
+            give_up=give_up,
             save=lambda record: self.states.append(record.state),
         )
 
@@ -946,3 +948,22 @@ async def test_a_call_does_not_wait_until_a_fresh_application_listens(make: Make
         f.gate.quiet_reason = None
         await f.until(State.RUNNING)
         assert "open" in f.log
+
+
+async def test_one_that_nothing_could_wake_is_brought_back_and_left_alone(make: Make) -> None:
+    f = make(state=State.SCALED_DOWN, tier=Tier.CHECKPOINT, give_up="there is no hook")
+    await f.until(State.DISABLED)
+    assert f.log == ["restore", "open", "verify", "discard"]
+    assert (f.container.reason(), f.record.tier) == ("there is no hook", "")
+    async with asyncio.timeout(5), f.container.awake("exec"):
+        pass
+    await f.container.exited()
+    assert f.record.state is State.EXITED
+
+
+async def test_of_one_that_is_brought_back_for_good_it_is_told_what_it_has_lost(make: Make) -> None:
+    f = make(state=State.SCALED_DOWN, tier=Tier.CHECKPOINT, give_up="there is no hook")
+    f.workload.has_images = False
+    await f.until(State.DISABLED)
+    assert "started afresh" in f.container.reason()
+    assert f.container.reason().endswith("; there is no hook")

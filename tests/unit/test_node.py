@@ -33,6 +33,7 @@ class Network:
 
     made: ClassVar[list[Network]] = []
     broken = False
+    stripped: ClassVar[list[Path]] = []
 
     def __init__(self, netns: Path) -> None:
         self.netns = netns
@@ -57,6 +58,10 @@ class Network:
 
     @staticmethod
     def discard(pins: Path) -> None: ...
+
+    @classmethod
+    def strip(cls, netns: Path) -> None:
+        cls.stripped.append(netns)
 
 
 class FakeRuntime:
@@ -89,6 +94,7 @@ def runtime() -> FakeRuntime:
 @pytest.fixture
 def make(tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(Network, "made", [])
+    monkeypatch.setattr(Network, "stripped", [])
     monkeypatch.setattr(Network, "broken", False)
     for module in (sandbox_module, node_module):
         monkeypatch.setattr(module, "PodNetwork", Network)
@@ -277,3 +283,12 @@ async def test_what_was_asked_to_end_by_the_last_daemon_does_not_end_its_contain
     ending.tier = "checkpoint"
     assert node_module._found(ending) is State.RUNNING
     assert orders == ["hold", "release"]
+
+
+async def test_where_no_hook_can_be_made_none_that_was_there_goes_on_parking(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Network, "broken", True)
+    sandbox = await make().add_sandbox(pod())
+    assert "no hook" in sandbox.record.problem
+    assert Network.stripped == [Path("/netns")]

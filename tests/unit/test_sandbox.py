@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,8 +14,8 @@ from criproxy import policy
 from criproxy import sandbox as sandbox_module
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
-from criproxy.container import Record
-from criproxy.sandbox import Sandbox, SandboxRecord
+from criproxy.container import Record, State
+from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 
 class Hook:
@@ -71,3 +72,19 @@ async def test_the_hook_is_looked_at_again_and_again(pod: Any, monkeypatch: pyte
     await asyncio.sleep(0.05)
     assert hook.closed
     assert len(told) == count
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.SCALED_DOWN])
+async def test_what_sleeps_in_a_pod_without_a_hook_is_brought_back(
+    pod: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: State
+) -> None:
+    sandbox, _ = pod
+    sandbox.record.problem = "there is no hook"
+    lived: list[tuple[str, object]] = []
+    monkeypatch.setattr(Member, "live", lambda self, made, _, gate: lived.append((made._give_up, gate)))
+    member = sandbox.add(Record("c1", "pod", "default", "web", "app", pid=os.getpid(), state=state), tmp_path)
+    sandbox.start(member)
+    if state is State.STARTING:
+        assert (member.record.state, member.record.reason) == (State.DISABLED, "there is no hook")
+    else:
+        assert lived == [("there is no hook", None)]

@@ -58,7 +58,6 @@ async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
     workload._unix_sockets, workload._stop_clock = list, True
     workload._criu = SimpleNamespace(dump=dump)
     workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None, procs=list)
-    workload._unix_sockets = list
     assert await workload.dump(asyncio.Event()) == 4
 
 
