@@ -108,6 +108,9 @@ class Workload(Protocol):
     def visitors(self) -> str | None:
         """Processes in the container that aren't the application's (`kubectl exec`), in words, or None."""
 
+    def working(self) -> str | None:
+        """A thread of it that runs, or waits for a disk, at this moment, in words, or None."""
+
     def cpu_usage(self) -> float: ...
 
     def memory(self) -> int: ...
@@ -348,7 +351,9 @@ class Container:
             busy = self._busy()
             if busy is None:
                 await self._check()
-                busy = self._unhooked
+                # Last, for it is a moment's matter: what a client waits for may show nowhere else, not even in the
+                # network (a server that speaks first, a file that is being written).
+                busy = self._unhooked or self._workload.working()
             if busy is None:
                 self.record.reason = ""
                 # Whoever wanted it until now has had it.

@@ -7,6 +7,7 @@ about many leave it out.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -165,6 +166,18 @@ def threads(pid: int, proc: Path = PROC) -> list[int]:
         return sorted((int(name) for name in os.listdir(proc / str(pid) / "task")), key=lambda tid: (tid != pid, tid))
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"There is no process {pid}") from None
+
+
+def running(pids: Iterable[int], proc: Path = PROC) -> int | None:
+    """The first of these processes of which a thread runs, or wants to, or waits for a disk (states R and D)."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            for tid in threads(pid, proc):
+                with contextlib.suppress(ProcessLookupError):
+                    # The state follows the name, which may contain anything.
+                    if _fast(f"{proc}/{pid}/task/{tid}/stat").rpartition(b")")[2][1:2] in (b"R", b"D"):
+                        return pid
+    return None
 
 
 def attributes(pids: Iterable[int], proc: Path = PROC) -> dict[int, ThreadAttributes]:

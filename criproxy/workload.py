@@ -64,6 +64,11 @@ class Processes:
                 return f'"{name}" (pid {pid}) was started in the container from outside (exec)'
         return None
 
+    def working(self) -> str | None:
+        if (pid := processes.running(self._own())) is None:
+            return None
+        return f"a thread of {processes.name(pid) or 'a process'} is running"
+
     def socket_inodes(self) -> set[int]:
         return processes.socket_inodes(self._own())
 

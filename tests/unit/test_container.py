@@ -27,6 +27,7 @@ class FakeWorkload:
         self.log = log
         self.cpu = 0.0
         self.visitor: str | None = None
+        self.work: str | None = None
         self.dump_errors: list[Exception] = []
         self.restore_errors: list[Exception] = []
         self.verify_error: Exception | None = None
@@ -51,6 +52,9 @@ class FakeWorkload:
 
     def visitors(self) -> str | None:
         return self.visitor
+
+    def working(self) -> str | None:
+        return self.work
 
     def cpu_usage(self) -> float:
         return self.cpu
@@ -967,3 +971,13 @@ async def test_of_one_that_is_brought_back_for_good_it_is_told_what_it_has_lost(
     await f.until(State.DISABLED)
     assert "started afresh" in f.container.reason()
     assert f.container.reason().endswith("; there is no hook")
+
+
+async def test_it_is_not_parked_in_the_middle_of_work_that_the_network_does_not_show(make: Make) -> None:
+    f = make()
+    f.workload.work = "a thread of redis-server is running"
+    await eventually(lambda: f.container.reason() == f.workload.work)
+    await asyncio.sleep(3 * DURATION)
+    assert "park_new" not in f.log
+    f.workload.work = None
+    await f.until(State.SCALED_DOWN)

@@ -191,3 +191,16 @@ def test_sockets_by_inode() -> None:
         inode = os.fstat(listener.fileno()).st_ino
         assert inode in processes.socket_inodes([ME])
     assert inode not in processes.socket_inodes([ME])
+
+
+@pytest.mark.parametrize(("states", "found"), [("SS", None), ("SR", 500), ("DS", 500), ("ZI", None)])
+def test_threads_at_work(tmp_path: Path, states: str, found: int | None) -> None:
+    for tid, state in enumerate(states, 500):
+        task = tmp_path / "500" / "task" / str(tid)
+        task.mkdir(parents=True)
+        (task / "stat").write_text(f"{tid} (redis) R x) {state} 1 500 500\n")
+    assert processes.running([499, 500], tmp_path) == found
+
+
+def test_a_thread_of_this_process_runs_now() -> None:
+    assert processes.running([ME]) == ME
