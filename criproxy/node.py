@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -159,10 +159,24 @@ class Node:
                 await self._adopt_sandbox(record, containers)
             except Exception:
                 log.exception("%s/%s can't be taken over", record.namespace, record.name)
+        await self._collect_pins(there)
         for folder in self._container_folder.iterdir():
             state = folder / "state.json"
             if (state in containers and containers[state].sandbox_id not in there) or not state.exists():
                 shutil.rmtree(folder, ignore_errors=True)
+
+    async def _collect_pins(self, there: Collection[str]) -> None:
+        """Removes hooks that no record tells of: they cost memory, and what they park nobody would deliver."""
+        # Those of records that can't be read stay: another version may.
+        known = {path.stem for path in self._sandbox_folder.glob("*.json")}
+        found = [path for path in self._pins.iterdir() if path.name not in known] if self._pins.exists() else []
+        for pins in found:
+            log.warning("pod sandbox %s: nothing is known of its hook, which is removed", pins.name)
+            if pins.name in there:
+                with contextlib.suppress(NetworkError, CriError, OSError):
+                    await asyncio.to_thread(PodNetwork.strip, Path(await self._netns(pins.name)))
+            with contextlib.suppress(OSError):
+                PodNetwork.discard(pins)
 
     async def _adopt_sandbox(self, record: SandboxRecord, containers: Mapping[Path, Record]) -> None:
         sandbox = await self.add_sandbox(record)

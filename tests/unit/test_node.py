@@ -34,6 +34,7 @@ class Network:
     made: ClassVar[list[Network]] = []
     broken = False
     stripped: ClassVar[list[Path]] = []
+    discarded: ClassVar[list[str]] = []
 
     def __init__(self, netns: Path) -> None:
         self.netns = netns
@@ -56,8 +57,9 @@ class Network:
     def assign(self, slot: int, ports: object) -> None:
         self.log.append(("assign", slot, ports))
 
-    @staticmethod
-    def discard(pins: Path) -> None: ...
+    @classmethod
+    def discard(cls, pins: Path) -> None:
+        cls.discarded.append(pins.name)
 
     @classmethod
     def strip(cls, netns: Path) -> None:
@@ -95,6 +97,7 @@ def runtime() -> FakeRuntime:
 def make(tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(Network, "made", [])
     monkeypatch.setattr(Network, "stripped", [])
+    monkeypatch.setattr(Network, "discarded", [])
     monkeypatch.setattr(Network, "broken", False)
     for module in (sandbox_module, node_module):
         monkeypatch.setattr(module, "PodNetwork", Network)
@@ -291,4 +294,15 @@ async def test_where_no_hook_can_be_made_none_that_was_there_goes_on_parking(
     monkeypatch.setattr(Network, "broken", True)
     sandbox = await make().add_sandbox(pod())
     assert "no hook" in sandbox.record.problem
+    assert Network.stripped == [Path("/netns")]
+
+
+async def test_hooks_that_no_record_tells_of_are_removed(make: Any, runtime: FakeRuntime, tmp_path: Path) -> None:
+    node = make()
+    (node._sandbox_folder / "unreadable.json").write_text("{")
+    for name in ("unreadable", "lost", "gone"):
+        (tmp_path / "pins" / name).mkdir(parents=True)
+    runtime.there = ["unreadable", "lost"]
+    await node.adopt()
+    assert sorted(Network.discarded) == ["gone", "lost"]
     assert Network.stripped == [Path("/netns")]
