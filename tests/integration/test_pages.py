@@ -119,7 +119,7 @@ async def test_the_memory_is_the_containers(start: Callable[[int], Box], criu: C
     await tell(container, "rest")
     group = Cgroup.of(container.pid)
     before = group.anonymous()
-    assert before > 100 * MIB
+    assert before > 60 * MIB
     await criu.dump(container.pid, images)
     assert group.anonymous() < 20 * MIB
     loader = await lazily(criu, container, images)
@@ -187,8 +187,9 @@ def test_its_checkpoint_is_kept_until_all_is_loaded(specimen: Specimen, daemon: 
 def test_without_its_loader_it_is_started_afresh_and_says_so(specimen: Specimen, daemon: Daemon) -> None:
     loader = woken(specimen, daemon)
     os.kill(loader._process.pid, signal.SIGKILL)
-    eventually(lambda: "its state was lost" in seen(daemon, specimen.id).reason, "it says so")
-    assert "what loads its memory" in seen(daemon, specimen.id).reason
+    # In its log, as it may be asleep again before anybody looks at its status.
+    lost = "its state was lost: what loads its memory after the restore has ended too soon"
+    eventually(lambda: lost in daemon.service.output(), "it says so")
     # It serves, and goes on to sleep and wake.
     for _ in range(2):
         assert specimen.ask("get") == "nothing"
