@@ -22,7 +22,7 @@ from criproxy.config import Config
 from criproxy.container import Record, State
 from criproxy.containerd import Configuration
 from criproxy.node import Node
-from criproxy.runtime import CriError, ImageConfig, Runtime
+from criproxy.runtime import CriError, ImageConfig, Runtime, stop_signal
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 from criproxy.seccomp import Profiles
 
@@ -182,14 +182,19 @@ class Interceptors:
             # A full disk, or a bug of ours: neither may keep the container from running.
             log.warning("%s/%s: %s", record.namespace, record.pod, error, exc_info=not isinstance(error, OSError))
             raise rewrite.Unsupported(f"criproxy can't rewrite it: {error}", freezable=True) from error
-        record.stop_signal = image.stop_signal or "SIGTERM"
+        record.stop_signal = stop_signal(request.config.stop_signal) or image.stop_signal or "SIGTERM"
         record.bundle = str(self._bundle.path)
         response = await call.forward(rewritten)
         container_id = cri.CreateContainerResponse.FromString(response).container_id
         command = rewrite.argv(request.config, image.entrypoint, image.cmd)[0]
         if await self._missing(container_id, command, request, image):
             # runc says so best, as the error of StartContainer that kubelet expects: it gets the request as it was.
-            await self._runtime.remove_container(container_id)
+            try:
+                await self._runtime.remove_container(container_id)
+            except CriError as error:
+                # Its name is taken then. Our init says the same a moment later, by the container's end.
+                log.warning("container %s can't be made anew without its init: %s", container_id, error)
+                return response
             raise rewrite.Unsupported(f'its command "{command}" is not there')
         return response
 

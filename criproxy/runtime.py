@@ -43,6 +43,25 @@ _Response = TypeVar("_Response", bound=Message)
 _RAW: Final[Any] = None
 
 
+# CRI's `enum Signal` in the order of its numbers, from 1 on (kubernetes/cri-api, pkg/apis/runtime/v1/api.proto). The
+# real-time ones follow: SIGRTMIN is 35, SIGRTMIN+15 50, SIGRTMAX-14 51, SIGRTMAX 65.
+_SIGNALS: Final = (
+    *("SIGABRT", "SIGALRM", "SIGBUS", "SIGCHLD", "SIGCLD", "SIGCONT", "SIGFPE", "SIGHUP", "SIGILL", "SIGINT", "SIGIO"),
+    *("SIGIOT", "SIGKILL", "SIGPIPE", "SIGPOLL", "SIGPROF", "SIGPWR", "SIGQUIT", "SIGSEGV", "SIGSTKFLT", "SIGSTOP"),
+    *("SIGSYS", "SIGTERM", "SIGTRAP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGUSR1", "SIGUSR2", "SIGVTALRM"),
+    *("SIGWINCH", "SIGXCPU", "SIGXFSZ"),
+    "SIGRTMIN",
+    *(f"SIGRTMIN+{n}" for n in range(1, 16)),
+    *(f"SIGRTMAX-{n}" for n in range(14, 0, -1)),
+    "SIGRTMAX",
+)
+
+
+def stop_signal(number: int) -> str:
+    """The name of a signal by its number in CRI (not the kernel's); empty for 0, the image's own, and unknown ones."""
+    return _SIGNALS[number - 1] if 0 < number <= len(_SIGNALS) else ""
+
+
 class CriError(Exception):
     """containerd didn't give what was asked of it. The text is one sentence for people."""
 

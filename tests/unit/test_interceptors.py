@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from criproxy import interceptors as interceptors_module
+from criproxy import policy, rewrite
 from criproxy.api import cri_pb2 as cri
 from criproxy.calls import Answer, Call, methods
+from criproxy.container import Record
 from criproxy.interceptors import Interceptors
+from criproxy.runtime import CriError, ImageConfig
 
 
 class Sleeper:
@@ -70,3 +74,67 @@ async def test_the_stop_signal_that_the_init_can_not_deliver_comes_from_us(appli
     # The application may have ended before: that is no reason not to tell containerd.
     assert sleeper.log == ["awake for StopContainer", "containerd", "ended", "let go"]
     assert workload.signals == ([] if application is None else [(7, "SIGQUIT")])
+
+
+async def create(
+    monkeypatch: pytest.MonkeyPatch, *, stop_signal: int = 0, missing: bool = False, removable: bool = True
+) -> tuple[list[bytes], Record]:
+    """A container in a pod that opted in, with an image whose stop signal is SIGQUIT: what containerd was asked for."""
+    asked: list[bytes] = []
+    added: list[Record] = []
+
+    async def send(request: bytes) -> Answer:
+        asked.append(request)
+        return Answer(cri.CreateContainerResponse(container_id=f"c{len(asked)}").SerializeToString())
+
+    async def info() -> None: ...
+
+    async def image_status(_: str) -> ImageConfig:
+        return ImageConfig("sha256:1", cmd=("app",), stop_signal="SIGQUIT")
+
+    async def remove_container(_: str) -> None:
+        if not removable:
+            raise CriError("containerd is busy")
+
+    async def look(*_: object) -> bool:
+        return missing
+
+    monkeypatch.setattr(Interceptors, "_missing", look)
+    monkeypatch.setattr(interceptors_module.Configuration, "from_info", lambda _: None)
+    monkeypatch.setattr(rewrite, "container", lambda request, **_: b"with init")
+    monkeypatch.setattr(rewrite, "container_handler", lambda request: b"untouched")
+    parsed = policy.parse({"criproxy.io/scaledown-duration": "1s"}, "")
+    pod = SimpleNamespace(
+        policy=parsed,
+        record=SimpleNamespace(id="pod", namespace="default", name="web", problem="", runtime_handler=""),
+    )
+    node: Any = SimpleNamespace(sandboxes={"pod": pod}, add_container=lambda _, record: added.append(record))
+    runtime: Any = SimpleNamespace(info=info, image_status=image_status, remove_container=remove_container)
+    bundle: Any = SimpleNamespace(path="/bundle")
+    nothing: Any = None
+    interceptors = Interceptors(nothing, node, runtime, bundle, nothing)
+    request = cri.CreateContainerRequest(pod_sandbox_id="pod")
+    request.config.metadata.name = "app"
+    request.config.stop_signal = stop_signal
+    method = methods("CreateContainer")[0]
+    await interceptors.by_method()[method](Call(method, request.SerializeToString(), send))
+    return asked, added[0]
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "SIGQUIT"), (29, "SIGUSR1"), (99, "SIGQUIT")])
+async def test_the_pod_s_own_stop_signal_comes_before_the_image_s(
+    monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    assert (await create(monkeypatch, stop_signal=number))[1].stop_signal == name
+
+
+async def test_without_its_command_it_is_made_anew_as_kubelet_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, record = await create(monkeypatch, missing=True)
+    assert asked == [b"with init", b"untouched"]
+    assert (record.id, record.bundle) == ("c2", "")
+
+
+async def test_what_containerd_does_not_remove_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, record = await create(monkeypatch, missing=True, removable=False)
+    assert asked == [b"with init"]
+    assert (record.id, record.bundle) == ("c1", "/bundle")

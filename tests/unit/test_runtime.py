@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from grpc import aio
 
 from criproxy.api import cri_pb2 as cri
-from criproxy.runtime import CriError, Incomplete, NotFound, Runtime, Unreachable
+from criproxy.runtime import CriError, Incomplete, NotFound, Runtime, Unreachable, stop_signal
+from criproxy.workload import signal_number
 
 Answer = Callable[[bytes, Any], Awaitable[bytes]]
 
@@ -180,3 +182,30 @@ async def test_a_containerd_that_is_away_is_tried_again_and_then_named(container
     await asyncio.sleep(0.2)
     await containerd.start()
     assert (await waiting).name == "containerd"
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "kernels"),
+    [
+        (1, "SIGABRT", signal.SIGABRT),
+        (10, "SIGINT", signal.SIGINT),
+        (13, "SIGKILL", signal.SIGKILL),
+        (18, "SIGQUIT", signal.SIGQUIT),
+        (23, "SIGTERM", signal.SIGTERM),
+        (29, "SIGUSR1", signal.SIGUSR1),
+        (34, "SIGXFSZ", signal.SIGXFSZ),
+        (35, "SIGRTMIN", signal.SIGRTMIN),
+        (50, "SIGRTMIN+15", signal.SIGRTMIN + 15),
+        (51, "SIGRTMAX-14", signal.SIGRTMAX - 14),
+        (64, "SIGRTMAX-1", signal.SIGRTMAX - 1),
+        (65, "SIGRTMAX", signal.SIGRTMAX),
+    ],
+)
+def test_signals_have_numbers_of_their_own_in_cri(number: int, name: str, kernels: int) -> None:
+    assert stop_signal(number) == name
+    assert signal_number(name) == kernels
+
+
+@pytest.mark.parametrize("number", [0, -1, 66])
+def test_signals_that_cri_does_not_know_are_left_to_the_image(number: int) -> None:
+    assert stop_signal(number) == ""
