@@ -8,7 +8,10 @@ import logging
 import os
 import signal
 import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from criproxy import bpf, bundle, control
 from criproxy.checkpoint import Criu
@@ -22,6 +25,8 @@ from criproxy.seccomp import Profiles
 log = logging.getLogger(__name__)
 
 LIBEXEC = Path(__file__).parent / "libexec"
+
+_Result = TypeVar("_Result")
 
 
 async def serve(config: Config) -> None:
@@ -39,9 +44,11 @@ async def serve(config: Config) -> None:
     pins = config.run_dir / "bpf"
     if not bpf.is_bpffs(pins):
         bpf.mount_bpffs(pins)
-    prepared = await asyncio.to_thread(
-        bundle.prepare, LIBEXEC, config.state_dir, criu_root=None if config.criu_root == Path("/") else config.criu_root
-    )
+    criu_root = None if config.criu_root == Path("/") else config.criu_root
+    prepared = await _unless(stop, lambda: bundle.prepare(LIBEXEC, config.state_dir, criu_root=criu_root))
+    if prepared is None:
+        log.info("stopping before the start was complete; containers stay as they are")
+        return
     log.info("CRIU %s in %s", prepared.version, prepared.path)
 
     async with contextlib.AsyncExitStack() as stack:
@@ -64,6 +71,43 @@ async def serve(config: Config) -> None:
         await stop.wait()
         _notify("STOPPING=1")
         log.info("stopping; containers stay as they are")
+
+
+async def _unless(stop: asyncio.Event, work: Callable[[], _Result]) -> _Result | None:
+    """What `work`, which may take minutes, returns or raises in a thread; None if `stop` is set before.
+
+    The thread ends with the process then, which wouldn't end before one of asyncio's own. What it has begun must bear
+    that.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[_Result] = loop.create_future()
+
+    def conclude(value: _Result | None, error: Exception | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(cast(_Result, value))
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(conclude, value, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        either: list[asyncio.Future[Any]] = [result, stopping]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        return result.result() if result.done() else None
+    finally:
+        stopping.cancel()
+        result.cancel()
 
 
 def _notify(state: str) -> None:
