@@ -168,9 +168,8 @@ class Gate:
         self._passes = True
 
     def close(self) -> None:
-        """The container is gone: its ports are nobody's, what is parked for it is dropped."""
-        self._take()
-        self._network.park(self._slot, Park.PASS)
+        """The container is gone: its ports are nobody's. Who waits for it is refused by the kernel, as without us."""
+        self.open()
         # Also what another daemon has assigned to the slot.
         self._ports, self._quiet_ports = frozenset(), frozenset()
         self._network.assign(self._slot, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -230,6 +231,87 @@ def test_a_stop_at_any_moment_of_the_way_down(
         assert (specimen.container.status().exit_code, specimen.log[-1]) == (0, "caught 15")
         assert taken < without_us["StopContainer"] + MARGIN
         specimen.container.remove()
+
+
+def test_all_at_once(daemon: Daemon, kubelet: Kubelet, program: Path, nothing_left: None) -> None:
+    """Execs, clients and ends that meet: each call is answered, whoever comes first."""
+    for _ in range(3):
+        pod = kubelet.run_pod(annotations=QUICK)
+        specimen = Specimen.run(pod, program)
+        asleep(daemon, specimen)
+        container = specimen.container
+        acts: list[Callable[[], object]] = [
+            *[lambda c=container: c.exec_sync("true")] * 3,  # type: ignore[misc]
+            *[lambda s=specimen: s.ask("count")] * 3,  # type: ignore[misc]
+            lambda c=container: c.stop(5),  # type: ignore[misc]
+            lambda c=container: c.stop(0),  # type: ignore[misc]
+            lambda p=pod: stop_sandbox(p),  # type: ignore[misc]
+        ]
+        with concurrent.futures.ThreadPoolExecutor(len(acts)) as pool:
+            futures = [pool.submit(act) for act in acts]
+            done, hanging = concurrent.futures.wait(futures, timeout=20)
+            assert not hanging
+        # What ends it works; what wants something of it may come too late.
+        for future in futures[6:]:
+            future.result()
+        assert all(isinstance(f.exception(), (grpc.RpcError, OSError, type(None))) for f in done)
+        # Twice is as good as once.
+        stop_sandbox(pod)
+        container.stop(5)
+        container.remove()
+        container.remove()
+        pod.remove()
+        assert not daemon.leftovers()
+
+
+def test_who_waits_for_a_container_that_ends_is_told_so(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    ports = {"criproxy.io/ports-map": f"specimen={PORT},{PORT}/udp"}
+    with kubelet.run_pod(annotations={**QUICK, **ports}) as pod, socket.socket(type=socket.SOCK_DGRAM) as udp:
+        specimen = Specimen.run(pod, program)
+        asleep(daemon, specimen)
+        # A datagram is sent once: it is parked while the container is killed, and neither lost nor waited for.
+        udp.connect((specimen.address, PORT))
+        udp.settimeout(10)
+        init = specimen.init()
+        daemon.service.signal(signal.SIGSTOP)
+        try:
+            udp.send(b"?")
+            os.kill(init, signal.SIGKILL)
+        finally:
+            daemon.service.signal(signal.SIGCONT)
+        with pytest.raises(ConnectionRefusedError):
+            udp.recv(100)
+        assert specimen.container.wait().exit_code == 137
+        with pytest.raises(ConnectionRefusedError):
+            specimen.ask("count")
+
+
+def test_an_exec_that_takes_too_long(kubelet: Kubelet, direct: Kubelet, program: Path, daemon: Daemon) -> None:
+    errors = []
+    for one, wishes in ((direct, {}), (kubelet, QUICK)):
+        with one.run_pod(annotations=wishes) as pod:
+            specimen = Specimen.run(pod, program)
+            if one is kubelet:
+                asleep(daemon, specimen)
+            with pytest.raises(grpc.RpcError) as caught:
+                specimen.container.exec_sync("sleep", "600", timeout=1)
+            errors.append((caught.value.code(), re.sub("[0-9a-f]{64}", "ID", caught.value.details())))
+            if one is kubelet:
+                asleep(daemon, specimen)
+            assert specimen.ask("count") == "1"
+    assert errors[0] == errors[1]
+
+
+def test_a_client_of_the_runtime_that_gives_up(specimen: Specimen, daemon: Daemon, kubelet: Kubelet) -> None:
+    """kubelet's own deadline ends a call in the middle: the container comes back to rest, and answers the next."""
+    asleep(daemon, specimen)
+    for deadline in (0.005, 0.02, 0.05):
+        request = cri.ExecSyncRequest(container_id=specimen.id, cmd=["sleep", "1"])
+        with pytest.raises(grpc.RpcError):
+            kubelet.call("ExecSync", request, cri.ExecSyncResponse, timeout=deadline)
+    asleep(daemon, specimen)
+    assert specimen.container.exec_sync("echo", "here").stdout == "here\n"
+    assert specimen.ask("count") == "1"
 
 
 @pytest.mark.parametrize("state", ["running", "scaled_down"])
