@@ -87,6 +87,23 @@ async def test_links_that_come_later_and_hooks_that_go(net: Topology, hook: Hook
     assert hook.network.problem() is None
 
 
+async def test_what_is_put_back_is_told(net: Topology, hook: Hook) -> None:
+    assert (hook.network.problem(), hook.network.repairs) == (None, 0)
+    run(f"tc -n {net.pod} filter del dev eth0 ingress")
+    assert (hook.network.problem(), hook.network.repairs) == (None, 1)
+
+
+def test_of_a_hook_that_is_given_up_no_filter_stays(net: Topology) -> None:
+    before = net.inventory()
+    network = PodNetwork.attach(net.netns, net.pins)
+    PodNetwork.strip(net.netns)
+    for direction in ("ingress", "egress"):
+        assert "criproxy" not in run(f"tc -n {net.pod} filter show dev eth0 {direction}")
+    PodNetwork.strip(net.netns)
+    network.detach()
+    assert net.inventory() == before
+
+
 async def test_a_link_that_cannot_be_hooked_is_a_problem(net: Topology, hook: Hook) -> None:
     run(f"tc -n {net.pod} qdisc del dev eth0 clsact")
     run(f"tc -n {net.pod} qdisc add dev eth0 ingress")  # takes clsact's place, and has no egress
