@@ -43,6 +43,8 @@ def resume(images: Path) -> int:
         # The first thread's number is the process'.
         for thread in sorted(tree.threads, key=lambda thread: thread != tree.pid):
             path = images / f"core-{thread}.img"
+            if not path.exists():
+                continue  # a zombie's: CRIU leaves the numbers of its threads unset
             data = path.read_bytes()
             core = criu.Core.FromString(next(image_files.entries(data)))
             if process_pending is None:

@@ -93,6 +93,12 @@ def test_a_signal_of_the_process_concerns_each_thread(tmp_path: Path) -> None:
     assert read(tmp_path / "core-10.img").x86.registers.ax == POLL
 
 
+def test_a_zombies_threads_have_no_numbers(tmp_path: Path) -> None:
+    write(tmp_path / "pstree.img", criu.Tree(pid=7, threads=[1781214912]), criu.Tree(pid=8, threads=[8]))
+    write(tmp_path / "core-8.img", thread(POLL))
+    assert interrupted.resume(tmp_path) == 1
+
+
 def test_what_isnt_known_stays(tmp_path: Path) -> None:
     extra = b"\xa2\x06\x03abc"  # field 100
     core = criu.Core.FromString(thread(POLL).SerializeToString() + extra)
