@@ -169,8 +169,10 @@ class Node:
         """Removes hooks that no record tells of: they cost memory, and what they park nobody would deliver."""
         # Those of records that can't be read stay: another version may.
         known = {path.stem for path in self._sandbox_folder.glob("*.json")}
-        found = [path for path in self._pins.iterdir() if path.name not in known] if self._pins.exists() else []
+        found = list(self._pins.iterdir()) if self._pins.exists() else []
         for pins in found:
+            if pins.name in known or not pins.is_dir():  # the kernel has files of its own there
+                continue
             log.warning("pod sandbox %s: nothing is known of its hook, which is removed", pins.name)
             if pins.name in there:
                 with contextlib.suppress(NetworkError, CriError, OSError):

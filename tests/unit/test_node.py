@@ -302,6 +302,7 @@ async def test_hooks_that_no_record_tells_of_are_removed(make: Any, runtime: Fak
     (node._sandbox_folder / "unreadable.json").write_text("{")
     for name in ("unreadable", "lost", "gone"):
         (tmp_path / "pins" / name).mkdir(parents=True)
+    (tmp_path / "pins" / "maps.debug").touch()
     runtime.there = ["unreadable", "lost"]
     await node.adopt()
     assert sorted(Network.discarded) == ["gone", "lost"]
