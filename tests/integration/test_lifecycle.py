@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -456,6 +457,20 @@ def test_the_next_daemon_wakes_what_sleeps(how: str, specimen: Specimen, daemon:
         assert connection.ask("count") == "3"
 
 
+def test_what_sleeps_in_a_pod_that_can_not_be_hooked_any_more_is_brought_back(
+    pod: Pod, specimen: Specimen, daemon: Daemon
+) -> None:
+    specimen.tell("set kept")
+    asleep(daemon, specimen)
+    tc = ["nsenter", f"--net={pod.netns}", "tc", "qdisc"]
+    daemon.kill()
+    subprocess.run([*tc, "del", "dev", "eth0", "clsact"], check=True)
+    subprocess.run([*tc, "add", "dev", "eth0", "ingress"], check=True)  # takes its place, and has no egress
+    daemon.start()
+    assert "hook" in wait_for(daemon, specimen.id, "disabled").reason
+    assert specimen.ask("get") == "kept"
+
+
 @pytest.mark.parametrize("doing", ["checkpointing", "restoring"])
 def test_the_next_daemon_waits_for_a_criu_that_outlived_the_last(
     doing: str, kubelet: Kubelet, program: Path, daemon: Daemon
@@ -469,8 +484,15 @@ def test_the_next_daemon_waits_for_a_criu_that_outlived_the_last(
             asleep(daemon, specimen)
             client.start()
         wait_for(daemon, specimen.id, doing)
-        inside = processes.in_namespace(container_pids(specimen.container)[0])
-        (criu,) = (pid for pid in inside if processes.name(processes.parent(pid)) == "enter")
+        init = container_pids(specimen.container)[0]
+
+        def at_work() -> list[int]:
+            inside = processes.in_namespace(init)
+            return [pid for pid in inside if processes.name(processes.parent(pid)) == "enter"]
+
+        # The state is there a moment before CRIU is.
+        eventually(at_work, "CRIU is at work")
+        (criu,) = at_work()
         os.kill(criu, signal.SIGSTOP)
         daemon.kill()
         slow = threading.Timer(2, os.kill, (criu, signal.SIGCONT))
