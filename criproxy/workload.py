@@ -139,6 +139,8 @@ class Workload(Processes):
         self._limits = folder / "limits.json"
         self._stop_signal = stop_signal
         self._lazy = lazy
+        self._eagerly = False
+        """Loading memory after the restore has failed once."""
         self._close = connections is Connections.CLOSE
         self._stop_clock = clock is Clock.STOP
         self._loader: Loader | None = None
@@ -193,10 +195,15 @@ class Workload(Processes):
             try:
                 await self._criu.restore(self.init_pid, self._images, self._cgroup, self._loader, close=self._close)
             except RestoreError:
+                # Such as address space reserved beyond the machine's memory (MariaDB), which CRIU can't map twice: it
+                # would fail at each wake.
+                self._eagerly |= self._loader is not None
                 self._forget_loader()
                 raise
 
     def _pays(self) -> bool:
+        if self._eagerly:
+            return False
         if self._lazy is not Lazy.AUTO:
             return self._lazy is Lazy.ALWAYS
         size = sum(path.stat().st_size for path in self._images.glob("pages-*.img"))

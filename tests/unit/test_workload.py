@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import signal
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from criproxy import checkpoint
-from criproxy.checkpoint import CheckpointError
+from criproxy.checkpoint import CheckpointError, RestoreError
+from criproxy.policy import Lazy
 from criproxy.workload import Processes, Workload, signal_number
 
 
@@ -78,3 +80,24 @@ async def test_an_init_that_does_not_hear_holds_up_nobody_else(monkeypatch: pyte
         with pytest.raises(CheckpointError, match="doesn't run"):
             await task
         assert not sent
+
+
+async def test_what_could_not_be_loaded_lazily_once_is_not_tried_so_again(tmp_path: Path) -> None:
+    given: list[object] = []
+
+    async def restore(_pid: int, _images: Path, _cgroup: object, loader: object, *, close: bool) -> None:
+        given.append(loader)
+        if loader is not None:
+            raise RestoreError("there isn't enough memory")
+
+    workload: Any = Workload.__new__(Workload)
+    workload.init_pid, workload._images, workload._close, workload._limits = 1, tmp_path, False, tmp_path / "limits"
+    workload._loader, workload._eagerly, workload._lazy = None, False, Lazy.ALWAYS
+    loader = SimpleNamespace(close=lambda: None)
+    workload._criu = SimpleNamespace(restore=restore, loader=lambda _: loader)
+    workload._cgroup = SimpleNamespace(lifted=lambda _: contextlib.nullcontext())
+    with pytest.raises(RestoreError):
+        await workload.restore(lazily=True)
+    await workload.restore(lazily=False)
+    await workload.restore(lazily=True)
+    assert given == [loader, None, None]
