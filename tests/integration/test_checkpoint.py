@@ -25,7 +25,8 @@ from criproxy.checkpoint import AttributesChanged, CheckpointError, Criu, Restor
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
 
-REDIS = ["redis-server", "--save", "", "--dir", "/data"]
+# Debian's redis-tools has the server too, under the name of its checker; argv[0] decides what it is.
+REDIS = ["bash", "-c", 'exec -a redis-server redis-check-rdb "$@"', "redis", "--save", "", "--dir", "/data"]
 
 
 def python(code: str) -> list[str]:
