@@ -19,7 +19,6 @@ ASLEEP_SECONDS = {"clocks": 0.5}
 """How long a feature's container sleeps, where that matters."""
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
 @pytest.mark.parametrize("feature", matrix.features(), ids=lambda feature: feature.name)
 async def test_feature(feature: Feature, box: Callable[..., Box], criu: Criu, images: Path) -> None:
     def add_program(config: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from criproxy.entanglement import listens_in_volume
 from criproxy.netlink import Netlink
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
 
 LISTEN = """
 import socket, time
