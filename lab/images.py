@@ -344,7 +344,7 @@ def _initialised(name: str, program: Path, recipe: str, initialise: Callable[[Pa
 
 
 def _as_user(number: int, directory: Path, *argv: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
-    """The command as a user without a name here, who owns the folder."""
+    """The command as a user, who need not have a name here, and owns the folder."""
     os.chown(directory, number, number)
     identity = [f"--reuid={number}", f"--regid={number}", "--clear-groups"]
     return ["env", "-C", directory, "setpriv", *identity, "--", *argv]
@@ -384,6 +384,7 @@ def _mariadb() -> list[Layer]:
     return [_base(), layer, data]
 
 
+_NOBODY = 65534
 _POSTGRESQL_INIT = ["--auth=trust", "--encoding=UTF8", "--locale=C", "--wal-segsize=1", "--no-sync"]
 _POSTGRESQL_CONF = """
 listen_addresses = '*'
@@ -399,7 +400,8 @@ def _postgresql() -> list[Layer]:
     program = home / "bin" / "postgres"
 
     def initialise(directory: Path) -> None:
-        run(_as_user(103, directory, home / "bin" / "initdb", "--username=lab", *_POSTGRESQL_INIT, directory))
+        # initdb wants a user who has a name on this machine; in the image the files are the server's.
+        run(_as_user(_NOBODY, directory, home / "bin" / "initdb", "--username=lab", *_POSTGRESQL_INIT, directory))
         for name, more in (("postgresql.conf", _POSTGRESQL_CONF), ("pg_hba.conf", _POSTGRESQL_CLIENTS)):
             with (directory / name).open("a") as file:
                 file.write(more)
