@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from criproxy import config, log
+from criproxy import config, daemon, log
 from criproxy.api import control_pb2 as api
 from criproxy.bpf import BpfError
 from criproxy.bundle import BundleError
@@ -60,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(_: argparse.Namespace, settings: Config) -> int:
-    # gRPC, bcc and netlink are loaded by those who serve only: `criproxy status` is to be quick.
-    from criproxy import daemon
-
     log.set_up(settings.log_level)
     asyncio.run(daemon.serve(settings))
     return 0
