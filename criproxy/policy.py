@@ -70,6 +70,13 @@ class Connections(StrEnum):
     CLOSE = "close"
 
 
+class Answers(StrEnum):
+    """What becomes of a probe of kubelet's whose true answer can't be known while the container is scaled down."""
+
+    ANSWER = "answer"
+    WAKE = "wake"
+
+
 class Clock(StrEnum):
     """What the monotonic clock of a container does while it is in a checkpoint."""
 
@@ -106,6 +113,7 @@ class Policy:
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT
     connections: Connections = Connections.PRESERVE
     clock: Clock = Clock.STOP
+    probes: Answers = Answers.ANSWER
     ignored: tuple[str, ...] = ()
 
     def covers(self, container_name: str) -> bool:
@@ -378,9 +386,18 @@ CLOCK = Key(
     "time limit of its own expires by the sleep, or goes on, so that it knows that a lease or session of its own has "
     "ended. The time of day goes on either way.",
 )
+PROBES = Key(
+    "probes",
+    _one_of(*Answers),
+    False,
+    "`answer`, `wake`",
+    "`answer`",
+    "kubelet's probes of a container that is scaled down are answered as the application answered them last. This is "
+    "for those whose answers can't be seen (HTTPS): `answer` takes them for good, `wake` lets the application say.",
+)
 KEYS: tuple[Key[Any], ...] = (
     CONTAINER_NAMES, PORTS_MAP, SCALEDOWN_DURATION, DISABLE_CHECKPOINTING, TIER, INIT, LAZY_PAGES, QUIET_PORTS,
-    REQUEST_TIMEOUT, CONNECTIONS, CLOCK,
+    REQUEST_TIMEOUT, CONNECTIONS, CLOCK, PROBES,
 )  # fmt: skip
 
 # zeropod's keys that are accepted and mean nothing here: what each does there, and why it isn't needed or done.
@@ -392,8 +409,14 @@ IGNORED: Mapping[str, tuple[str, str]] = {
     ),
     "live-migrate": ("The one container that moves while it runs.", "Checkpoints don't travel yet."),
     "disable-migrate-data": ("Leaves the container's files behind in a migration.", "Checkpoints don't travel yet."),
-    "disable-probe-detection": ("kubelet's probes wake the container.", "Every connection does that so far."),
-    "probe-buffer-size": ("Bytes read of a connection to know a probe (default 1024).", "Nothing is read by a proxy."),
+    "disable-probe-detection": (
+        "kubelet's probes wake the container.",
+        "They are told from other connections by who makes them, so nothing goes wrong that one could want to avoid.",
+    ),
+    "probe-buffer-size": (
+        "Bytes read of a connection to know a probe (default 1024).",
+        "A probe is read until it is known.",
+    ),
     "proxy-timeout": (
         "Cuts a connection that woke the container after this time (default `5s`).",
         "The client talks to the application itself: there is nothing to cut.",
@@ -402,7 +425,7 @@ IGNORED: Mapping[str, tuple[str, str]] = {
 }
 
 # Keys of ours with a planned meaning and nothing yet that acts on them: refused, or a pod would run other than asked.
-LATER = frozenset({"probes", "on-stop"})
+LATER = frozenset({"on-stop"})
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------
@@ -439,6 +462,7 @@ def parse(
         request_timeout=DEFAULT_REQUEST_TIMEOUT if timeout is None else timeout,
         connections=Connections(_read(CONNECTIONS, ours, {}) or Connections.PRESERVE),
         clock=Clock(_read(CLOCK, ours, {}) or Clock.STOP),
+        probes=Answers(_read(PROBES, ours, {}) or Answers.ANSWER),
         ignored=tuple(ZEROPOD + name for name in sorted(theirs) if name not in shared),
     )
 
