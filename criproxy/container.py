@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -141,6 +141,16 @@ class Gate(Protocol):
         """Delivers what is parked, in order, and lets everything pass."""
 
 
+class Probes(Protocol):
+    """What kubelet's probes of the container have shown."""
+
+    def failing(self) -> str | None:
+        """A probe whose last result is a failure, in words, or None."""
+
+    def save(self) -> None:
+        """They are needed while the container sleeps, by the next daemon too."""
+
+
 async def _nothing() -> None: ...
 
 
@@ -150,6 +160,7 @@ class Container:
         record: Record,
         workload: Workload,
         gate: Gate,
+        probes: Probes,
         *,
         duration: float,
         methods: Sequence[Method],
@@ -166,6 +177,7 @@ class Container:
         self.record = record
         self._workload = workload
         self._gate = gate
+        self._probes = probes
         self._duration = duration
         self._attempts = [Attempts(method) for method in methods]
         if not record.tier:
@@ -182,6 +194,11 @@ class Container:
         self._holders: list[str] = []
         self._active = time.monotonic()
         self._cpu_sample = (self._active, 0.0)
+        self._probing = 0
+        self._probe_began_at = 0.0
+        self._spent_on_probes = 0.0
+        """Processor seconds, as the one above."""
+        self._probe_ended = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     # --- events --------------------------------------------------------------------------------------------
@@ -229,6 +246,31 @@ class Container:
         finally:
             self._holders.remove(why)
             self._active = time.monotonic()
+
+    @contextlib.contextmanager
+    def probed(self, why: str) -> Iterator[None]:
+        """A command of kubelet's probe runs in the container, which must be awake, and stays so meanwhile. That isn't
+        activity, or a probe that comes often enough would keep the container up for ever."""
+        self._holders.append(why)
+        self.probing(True)
+        try:
+            yield
+        finally:
+            self._holders.remove(why)
+            self.probing(False)
+
+    def probing(self, on: bool) -> None:
+        """A probe is at work in the container, or no longer: what it costs the processor isn't activity."""
+        usage = self._workload.cpu_usage()
+        if on:
+            if not self._probing:
+                self._probe_began_at = usage
+            self._probing += 1
+            return
+        self._probing -= 1
+        if not self._probing:
+            self._spent_on_probes += usage - self._probe_began_at
+            self._probe_ended.set()
 
     @contextlib.asynccontextmanager
     async def ending(self, why: str) -> AsyncIterator[None]:
@@ -339,13 +381,13 @@ class Container:
         (monotonic seconds)."""
         if self._duration == 0:
             await asyncio.Event().wait()
-        self._cpu_sample = (time.monotonic(), self._workload.cpu_usage())
+        self._cpu_sample = (time.monotonic(), self._own_work())
         while True:
             now = time.monotonic()
             idle_since = self.last_activity()
             due = max(idle_since + self._duration, min(a.retry_at for a in self._attempts))
             if due > now:
-                self._cpu_sample = (now, self._workload.cpu_usage())
+                self._cpu_sample = (now, self._own_work())
                 await asyncio.sleep(due - now)
                 continue
             busy = self._busy()
@@ -360,7 +402,11 @@ class Container:
                 self._wanted.clear()
                 return idle_since
             self.record.reason = busy
-            await asyncio.sleep(min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1]))
+            # Between two probes there may be little time, which must not be missed each time.
+            self._probe_ended.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1])):
+                    await self._probe_ended.wait()
 
     def _busy(self) -> str | None:
         """What other than traffic is in the way of a scale-down, or None."""
@@ -370,14 +416,19 @@ class Container:
             return self._unhooked
         now = time.monotonic()
         began, used = self._cpu_sample
-        usage = self._workload.cpu_usage()
+        usage = self._own_work()
         share = (usage - used) / (now - began) if now > began else 0.0
         if share > self._cpu_activity:
             self._active = now
             return f"uses {share:.0%} of a core (more than {self._cpu_activity:.0%} counts as activity)"
         # What is unsettled may stay so (an accept queue that nobody empties, a client that is gone): it is looked at
         # before the gate is shut for new connections, not by shutting it again and again.
-        return self._workload.visitors() or self._gate.silent() or self._gate.unsettled()
+        return self._workload.visitors() or self._gate.silent() or self._probes.failing() or self._gate.unsettled()
+
+    def _own_work(self) -> float:
+        """Processor seconds that the container has used, without those of kubelet's probes."""
+        usage = self._probe_began_at if self._probing else self._workload.cpu_usage()
+        return usage - self._spent_on_probes
 
     async def _park(self, idle_since: float) -> bool:
         """Closes the gate in two steps, so that no connection falls between kernel and checkpoint.
@@ -420,6 +471,7 @@ class Container:
         self.record.tier = tier.value
         began = time.monotonic()
         try:
+            self._probes.save()
             await self._enter(State.CHECKPOINTING, "; ".join(reasons))
             self.record.checkpoint_bytes = await attempt.method.down(self._wanted)
         except Wanted:

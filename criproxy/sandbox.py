@@ -182,6 +182,7 @@ class Sandbox:
             record,
             workload,
             gate,
+            _NoProbes(),
             duration=self.policy.duration,
             methods=self._methods(workload, gate),
             cpu_activity=self._config.cpu_activity_percent / 100,
@@ -200,6 +201,7 @@ class Sandbox:
             member.record,
             workload,
             gate,
+            _NoProbes(),
             duration=0,
             methods=self._methods(workload, gate),
             give_up=why,
@@ -242,6 +244,13 @@ class Sandbox:
         if self.policy.tier is Tier.CHECKPOINT:
             return [Checkpoint(workload, gate)]
         return [Checkpoint(workload, gate), Freeze(workload, gate)]
+
+
+class _NoProbes:
+    def failing(self) -> str | None:
+        return None
+
+    def save(self) -> None: ...
 
 
 class Member:

@@ -181,6 +181,18 @@ class FakeGate:
         self.packets = 0
 
 
+class FakeProbes:
+    def __init__(self) -> None:
+        self.failure: str | None = None
+        self.saved = 0
+
+    def failing(self) -> str | None:
+        return self.failure
+
+    def save(self) -> None:
+        self.saved += 1
+
+
 class Fixture:
     def __init__(
         self,
@@ -195,6 +207,7 @@ class Fixture:
         self.states: list[State] = []
         self.workload = FakeWorkload(self.log)
         self.gate = FakeGate(self.log)
+        self.probes = FakeProbes()
         self.record = Record("id", "sandbox", "default", "pod", "app", state=state, tier=tier, untouched=untouched)
         methods = {
             Tier.CHECKPOINT: Checkpoint(self.workload, self.gate),
@@ -205,6 +218,7 @@ class Fixture:
             self.record,
             self.workload,
             self.gate,
+            self.probes,
             duration=duration,
             methods=[methods[tier] for tier in tiers],
             give_up=give_up,
@@ -394,6 +408,35 @@ async def test_cpu_use_counts_as_activity_and_is_told(make: Make) -> None:
     await eventually(lambda: "of a core" in f.container.reason())
     task.cancel()
     await f.until(State.SCALED_DOWN)
+
+
+async def test_what_a_probe_costs_is_no_activity(make: Make) -> None:
+    f = make()
+    began = f.container.last_activity()
+    for _ in range(20):
+        with f.container.probed("exec probe"):
+            f.workload.cpu += 0.01
+        await asyncio.sleep(0)
+    assert f.container.last_activity() == began
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_it_stays_up_for_a_probe_s_command_and_no_longer(make: Make) -> None:
+    f = make(duration=0.02)
+    with f.container.probed("exec probe"):
+        await asyncio.sleep(0.2)
+        assert f.record.state is State.RUNNING
+    await f.until(State.SCALED_DOWN)
+
+
+async def test_a_probe_that_fails_keeps_it_up_and_is_told(make: Make) -> None:
+    f = make()
+    f.probes.failure = "kubelet's HTTP probe was last answered 503"
+    await eventually(lambda: f.container.reason() == f.probes.failure)
+    assert "park_new" not in f.log
+    f.probes.failure = None
+    await f.until(State.SCALED_DOWN)
+    assert f.probes.saved == 1
 
 
 @pytest.mark.parametrize("where", ["visitor", "silent"])
