@@ -112,6 +112,11 @@ class Containerd:
         return f"/criproxy-lab-{self.number}"
 
     @property
+    def kubelet_cgroup(self) -> str:
+        """Where what acts as kubelet has to be, for criproxy to know its connections."""
+        return f"{self.cgroup}/kubelet"
+
+    @property
     def bridge(self) -> str:
         """This host's link to the pods, or what links are made on with another kind of network."""
         return f"crilab{self.number}"
@@ -209,6 +214,7 @@ class Containerd:
         )
         (self.state / "cni" / "10-lab.conflist").write_text(json.dumps(self._network(), indent=1))
         cgroups.create(f"{self.cgroup}/containerd")
+        cgroups.create(self.kubelet_cgroup)
         self._make_link()
         (self.state / "cni-addresses" / self.bridge).mkdir(parents=True)
 
