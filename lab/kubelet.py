@@ -342,6 +342,29 @@ class Pod:
         container.start()
         return container
 
+    def run_init(self, image: str, name: str, *, timeout: float = 20.0, **options: Any) -> "Container":
+        """An init container: the next one waits for its end. Raises LabError if it fails or takes longer than `timeout`
+        seconds."""
+        container = self.run(image, name, **options)
+        if code := container.wait(timeout).exit_code:
+            raise LabError(f"The init container {name} ended with {code}", container.logs())
+        return container
+
+    def debug(self, image: str, name: str, *, target: "Container | None" = None, **options: Any) -> "Container":
+        """An ephemeral container, as `kubectl debug` has it made; with a `target` (`--target`) it is in that one's PID
+        namespace."""
+        change = options.pop("change", None)
+
+        def ephemeral(config: cri.ContainerConfig) -> None:
+            if target is not None:
+                namespaces = config.linux.security_context.namespace_options
+                namespaces.pid = cri.NamespaceMode.TARGET
+                namespaces.target_id = target.id
+            if change:
+                change(config)
+
+        return self.run(image, name, change=ephemeral, **options)
+
     def port_forward(self, port: int) -> stream.Stream:
         """An open stream to a port inside the pod, as `kubectl port-forward` has it."""
         request = cri.PortForwardRequest(pod_sandbox_id=self.id, port=[port])
@@ -436,6 +459,11 @@ class Container:
         request = cri.AttachRequest(container_id=self.id, stdin=stdin, stdout=True, stderr=True)
         answer: cri.AttachResponse = self._call("Attach", request, cri.AttachResponse)
         return stream.Stream.open(answer.url)
+
+    def termination_message(self) -> str:
+        """What kubelet shows as the message of a container that has ended (terminationMessagePath)."""
+        place = self.config.annotations["io.kubernetes.container.terminationMessagePath"]
+        return next(Path(m.host_path) for m in self.config.mounts if m.container_path == place).read_text()
 
     def reopen_log(self) -> None:
         request = cri.ReopenContainerLogRequest(container_id=self.id)

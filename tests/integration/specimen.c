@@ -40,6 +40,7 @@ static char kept[LINE] = "nothing";
 static long counter;
 static int listener;
 static int term_code;
+static int opened = -1;  /* a file */
 static int outside = -1; /* a unix socket whose other end is out of the container */
 static volatile int spinning;
 
@@ -258,6 +259,16 @@ static void obey(int client, const char *line)
 		dprintf(client, "%s\n", input);
 		return;
 	}
+	if (is(line, "read", &argument)) { /* all of the file that was opened last, "/" for each end of a line */
+		char text[LINE];
+		ssize_t length = pread(opened, text, sizeof text - 1, 0);
+
+		text[length < 0 ? 0 : length] = 0;
+		for (char *c = text; (c = strchr(c, '\n'));)
+			*c = '/';
+		dprintf(client, "%s\n", length < 0 ? strerror(errno) : text);
+		return;
+	}
 	if (is(line, "peer", &argument)) {
 		getpeername(client, (struct sockaddr *)&peer, &size);
 		inet_ntop(AF_INET6, &peer.sin6_addr, name, sizeof name);
@@ -315,8 +326,13 @@ static void obey(int client, const char *line)
 		polled[LISTENER].fd = -1;
 	else if (is(line, "hear", &argument))
 		polled[LISTENER].fd = listener;
-	else if (is(line, "open", &argument))
-		failed = open(argument, O_RDWR | O_CREAT | O_APPEND, 0644) < 0;
+	else if (is(line, "open", &argument)) {
+		opened = open(argument, O_RDWR | O_CREAT | O_APPEND, 0644);
+		if (opened < 0 && errno == EROFS)
+			opened = open(argument, O_RDONLY);
+		failed = opened < 0;
+	} else if (is(line, "write", &argument)) /* a line, to the file that was opened last */
+		failed = dprintf(opened, "%s\n", argument) < 0;
 	else
 		failed = errno = ENOSYS;
 	dprintf(client, "%s\n", failed ? strerror(errno) : "ok");
