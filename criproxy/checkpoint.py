@@ -33,7 +33,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from criproxy import aftermath, criu_log, expired, interrupted, processes, run, sysv
+from criproxy import aftermath, criu_log, expired, processes, run, sysv
 from criproxy.bundle import Bundle
 from criproxy.cgroup import Cgroup
 from criproxy.kept import Kept
@@ -66,6 +66,9 @@ _STDIO: Final = (0, 1, 2)
 
 # How long a CRIU whose loader has ended may take to say why.
 _LAST_WORDS_SECONDS: Final = 0.5
+
+SAID: Final = ("dump.log", "stats-dump")
+"""What CRIU writes about a dump, beside the images."""
 
 # The name is known to native/preload.c.
 _GIVEN_UP: Final = "given-up"
@@ -274,43 +277,67 @@ class Criu:
             discard(images)
             raise
         try:
-            with ExitStack() as stack:
-                folder = _folder(images, stack)
-                # Not in the container's cgroups: it would be counted there, limited, and killed with the container.
-                enter = self._enter(init_pid, stack, cgroups=(), in_ipc=not saved.sysv)
-                action = ["dump", "-t", str(saved.guard), *_images(folder, "dump.log"), *_OPTIONS, *_DUMP_OPTIONS]
-                action.append(_tcp(close))
-                if unless is not None:
-                    stack.callback(asyncio.ensure_future(_give_up(images, unless)).cancel)
-                await self._run(
-                    [*enter.argv, *action], (*enter.fds, folder), self._dump_timeout, images / "dump.log", tree
-                )
+            await self._dump(init_pid, images, saved, tree, unless, _tcp(close))
             await aftermath.gone(tree)
         except (_Failed, OSError) as error:
             if complete(images) and not all(process.alive() for process in tree):
                 # It was killed when all was written and some processes were ended: the others can't go on without them.
                 aftermath.send(tree, signal.SIGKILL)
                 await aftermath.gone(tree)
-                _resume_interrupted(images)
+                _rearm(images)
                 _take_over(init_pid, images, saved, stop_clock)
                 (images / _GIVEN_UP).unlink(missing_ok=True)
                 _pass_on(error)
                 return time.monotonic() - began
-            aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
-            reason = obstacle(process.pid for process in tree) or _sentence(error)
+            refusal = _refusal(error, tree, images)
             with contextlib.suppress(ProcessLookupError):
                 release(init_pid)
-            given_up = (images / _GIVEN_UP).exists()
             discard(images)
             _pass_on(error)
-            if given_up:
-                raise GivenUp("somebody wants the container") from error
-            raise CheckpointError(reason, getattr(error, "log", "")) from error
-        _resume_interrupted(images)
+            raise refusal from error
+        _rearm(images)
         _take_over(init_pid, images, saved, stop_clock)
         # If it came too late, the restore mustn't find it.
         (images / _GIVEN_UP).unlink(missing_ok=True)
         return time.monotonic() - began
+
+    async def snapshot(self, init_pid: int, images: Path, unless: asyncio.Event) -> None:
+        """Dumps the application of a container into the new folder `images`, and lets it go on: for people to look at,
+        not for `restore()`. Connections that it hasn't accepted yet aren't in there.
+
+        Raises CheckpointError; the folder is the caller's also then. Cancelled, it takes as long. If `unless` is set
+        before all memory is written, the dump is given up at once (GivenUp).
+        """
+        try:
+            saved, tree = self._survey(init_pid)
+            images.mkdir(mode=0o700)
+        except OSError as error:
+            raise CheckpointError(_sentence(error)) from error
+        try:
+            await self._dump(init_pid, images, saved, tree, unless, _tcp(False), "--leave-running", "--skip-in-flight")
+        except (_Failed, OSError) as error:
+            refusal = _refusal(error, tree, images)
+            _pass_on(error)
+            raise refusal from error
+
+    async def _dump(
+        self,
+        init_pid: int,
+        images: Path,
+        saved: Saved,
+        tree: Sequence[processes.Process],
+        unless: asyncio.Event | None,
+        *options: str,
+    ) -> None:
+        """Raises _Failed and OSError."""
+        with ExitStack() as stack:
+            folder = _folder(images, stack)
+            # Not in the container's cgroups: it would be counted there, limited, and killed with the container.
+            enter = self._enter(init_pid, stack, cgroups=(), in_ipc=not saved.sysv)
+            action = ["dump", "-t", str(saved.guard), *_images(folder, "dump.log"), *_OPTIONS, *_DUMP_OPTIONS, *options]
+            if unless is not None:
+                stack.callback(asyncio.ensure_future(_give_up(images, unless)).cancel)
+            await self._run([*enter.argv, *action], (*enter.fds, folder), self._dump_timeout, images / "dump.log", tree)
 
     def loader(self, images: Path) -> Loader:
         """Starts what loads the memory of an application that is restored from `images` next. Raises RestoreError."""
@@ -493,13 +520,11 @@ class Criu:
             raise cancelled
 
 
-def _resume_interrupted(images: Path) -> None:
+def _rearm(images: Path) -> None:
     try:
-        interrupted.resume(images)
         expired.rearm(images)
     except (OSError, ValueError, DecodeError) as error:
-        # As good a checkpoint as CRIU makes: some system calls will fail with EINTR.
-        log.warning("%s: interrupted waits can't be resumed: %s", images, error)
+        log.warning("%s: timers that had expired aren't armed again: %s", images, error)
 
 
 def _take_over(init_pid: int, images: Path, saved: Saved, stop_clock: bool) -> None:
@@ -520,12 +545,31 @@ def _take_over(init_pid: int, images: Path, saved: Saved, stop_clock: bool) -> N
         log.warning("%s: open files have to be found by their paths: %s", images, error)
 
 
+def _refusal(error: Exception, tree: Sequence[processes.Process], images: Path) -> CheckpointError:
+    """A dump has failed: the processes are brought to go on, and it is said why."""
+    aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
+    if (images / _GIVEN_UP).exists():
+        return GivenUp("somebody wants the container")
+    return CheckpointError(
+        obstacle(process.pid for process in tree) or _sentence(error), getattr(error, "log", "")
+    )
+
+
 def complete(images: Path) -> bool:
     """Whether a folder has all images of a dump, also of one that a daemon which was killed has begun.
 
     CRIU writes the inventory last, before it ends the processes.
     """
     return (images / "inventory.img").exists() and _beside(images).exists()
+
+
+def link(images: Path, folder: Path) -> None:
+    """The images, and what CRIU says of them, in the new folder, too: there they stay as they are, whatever becomes of
+    the checkpoint. Raises OSError."""
+    folder.mkdir(mode=0o700)
+    for path in (*images.glob("*.img"), *(images / name for name in SAID)):
+        with contextlib.suppress(FileNotFoundError if path.name in SAID else ()):
+            os.link(path, folder / path.name)
 
 
 def spoil(images: Path) -> None:
@@ -666,6 +710,7 @@ def _read(path: Path) -> str:
 
 
 __all__ = [
+    "SAID",
     "AttributesChanged",
     "CheckpointError",
     "Criu",
@@ -676,6 +721,7 @@ __all__ = [
     "discard",
     "guard_pid",
     "hold",
+    "link",
     "may_signal",
     "release",
     "spoil",

@@ -1,6 +1,6 @@
 /* Build: gcc -shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -o preload.so preload.c   (setup.py does it)
  *
- * Preloaded into CRIU. Five of its calls to libc don't have the outcome that it needs:
+ * Preloaded into CRIU. Six of its calls to libc don't have the outcome that it needs:
  *
  * - prlimit64() of a process with another uid, where root lacks CAP_SYS_RESOURCE (containers as machines: LXC, nested
  *   sandboxes): "Can't get rlimit 0", and nothing that drops privileges can be dumped. /proc/PID/limits has the same numbers
@@ -15,16 +15,29 @@
  * - splice(), with which a dump writes memory to the images, while somebody waits for the application: once there is a file
  *   "given-up" in CRIU's working folder, it fails with ECANCELED. CRIU then does what it does when a disk is full: it gives
  *   the dump up and lets the application go on.
+ * - ptrace() that reads a stopped thread's registers or lets go of it, on x86-64 (elsewhere the C library has calls that
+ *   the kernel begins again). The stop has interrupted what the thread waited in. Without a signal handler in the way no
+ *   kernel ends poll() or nanosleep() with EINTR, but CRIU lets them: what remains of the time is known to the kernel
+ *   alone. Not every application knows what to do then: MariaDB gives a connection up after ten of them. So the wait is
+ *   made to begin again, in the images and, where the dump is given up, in the thread that goes on:
+ *   - poll() with its whole time limit. It may end later than it would have, but never too early. So do epoll_wait() and
+ *     the like, which any stop ends (signal(7)), but which few applications have ever seen ended.
+ *   - nanosleep(), clock_nanosleep() with what is left, which the kernel has told the caller. Where the caller didn't want
+ *     to know, it stays EINTR: of a thread that sleeps in a loop, each cycle would prolong the sleep, for ever.
+ *   - futex() stays EINTR, for which its callers are prepared. So does what something else has stopped before (a debugger,
+ *     the freezer of cgroups v1): it is restart_syscall() by then, and nothing tells of what.
  * - openat() of ".criproxy-kept/N", which kept.py writes into images where an inotify watch's path would be: it opens what
  *   CRIU's first process has inherited for it, as CRIPROXY_KEPT says. CRIU itself can't be given what is watched.
  *
  * It guarantees: a call that only reads, and fails in exactly this way, gets the answer that it would get elsewhere. Every
- * other call and every other error passes unchanged; nothing that sets something is imitated. Only a child of CRIU's first
+ * other call and every other error passes unchanged; nothing that sets something is imitated. Of a thread's registers
+ * only those of the waits above change, and none if a handler waits to run: EINTR is what its caller expects then. Only a child of CRIU's first
  * process becomes a subreaper: the root, and CRIU's own helpers, which don't live on. PID means what it means to CRIU, which
  * sees the container's PID namespace and its /proc.
  *
  * CRIU reads limits through libc's syscall(); libc's own prlimit() and prlimit64() are covered in case it changes.
  */
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -32,9 +45,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
 #include <unistd.h>
 
 /* The lines of /proc/PID/limits begin with these, each 26 wide (fs/proc/base.c). */
@@ -201,6 +217,104 @@ ssize_t splice(int in, off64_t *in_offset, int out, off64_t *out_offset, size_t 
 		return -1;
 	}
 	return call(SYS_splice, in, (long)in_offset, out, (long)out_offset, length, flags);
+}
+
+#if defined(__x86_64__)
+/* The kernel's own (include/linux/errno.h): begin again unless a handler runs; go on with what is left of the time. */
+enum { ERESTARTNOHAND = 514, ERESTART_RESTARTBLOCK = 516 };
+
+/* Whether a signal that the thread doesn't block waits to be taken. */
+static int signalled(pid_t thread)
+{
+	unsigned long long pending = 0, blocked = 0, set;
+	char path[64], line[160];
+	FILE *file;
+
+	snprintf(path, sizeof path, "/proc/%d/status", thread);
+	file = fopen(path, "re");
+	if (!file)
+		return 1;
+	while (fgets(line, sizeof line, file)) {
+		if (sscanf(line, "SigPnd: %llx", &set) == 1 || sscanf(line, "ShdPnd: %llx", &set) == 1)
+			pending |= set;
+		else if (sscanf(line, "SigBlk: %llx", &set) == 1)
+			blocked = set;
+	}
+	fclose(file);
+	return (pending & ~blocked) != 0;
+}
+
+/* Makes the registers those of a wait that begins again; whether they have changed. */
+static int begin_again(pid_t thread, struct user_regs_struct *registers)
+{
+	long result = registers->rax;
+
+	if (result != -EINTR && result != -ERESTART_RESTARTBLOCK)
+		return 0;
+	switch (registers->orig_rax) {
+	case SYS_poll:
+	case SYS_semop:
+	case SYS_semtimedop:
+	case SYS_rt_sigtimedwait:
+	case SYS_io_getevents:
+	case SYS_epoll_wait:
+	case SYS_epoll_pwait:
+	case SYS_epoll_pwait2:
+		break;
+	case SYS_nanosleep:
+		if (!registers->rsi)
+			return 0;
+		break;
+	case SYS_clock_nanosleep:
+		if (!registers->r10)
+			return 0;
+		break;
+	default:
+		return 0;
+	}
+	if (signalled(thread))
+		return 0;
+	if (registers->orig_rax == SYS_nanosleep)
+		registers->rdi = registers->rsi;
+	else if (registers->orig_rax == SYS_clock_nanosleep)
+		registers->rdx = registers->r10;
+	registers->rax = -ERESTARTNOHAND;
+	return 1;
+}
+
+static void resume_wait(pid_t thread)
+{
+	struct user_regs_struct registers;
+	struct iovec all = { &registers, sizeof registers };
+
+	/* A 32-bit program has fewer. */
+	if (call(SYS_ptrace, PTRACE_GETREGSET, thread, NT_PRSTATUS, (long)&all, 0, 0) == 0 && all.iov_len == sizeof registers &&
+	    begin_again(thread, &registers))
+		call(SYS_ptrace, PTRACE_SETREGSET, thread, NT_PRSTATUS, (long)&all, 0, 0);
+}
+#endif
+
+long ptrace(enum __ptrace_request request, ...)
+{
+	int peeks = request == PTRACE_PEEKTEXT || request == PTRACE_PEEKDATA || request == PTRACE_PEEKUSER;
+	long thread, address, data, word, result;
+	va_list arguments;
+
+	va_start(arguments, request);
+	thread = va_arg(arguments, pid_t);
+	address = va_arg(arguments, long);
+	data = va_arg(arguments, long);
+	va_end(arguments);
+#if defined(__x86_64__)
+	if (request == PTRACE_DETACH || (request == PTRACE_GETREGSET && address == NT_PRSTATUS))
+		resume_wait(thread);
+#endif
+	/* The kernel stores what is read; libc returns it. */
+	result = call(SYS_ptrace, request, thread, address, peeks ? (long)&word : data, 0, 0);
+	if (result < 0 || !peeks)
+		return result;
+	errno = 0;
+	return word;
 }
 
 static pid_t first;

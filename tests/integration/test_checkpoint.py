@@ -297,6 +297,35 @@ async def test_killing_a_checkpointed_container_leaves_nothing(
 
 # --- What is refused --------------------------------------------------------------------------------------------------
 
+
+async def test_a_wait_that_a_signal_ends_is_over(box: Callable[..., Box], criu: Criu, images: Path) -> None:
+    code = """
+import select, signal
+def handler(*_):
+    raise InterruptedError
+signal.signal(signal.SIGUSR1, handler)
+print("ready")
+try:
+    select.poll().poll(100_000)
+except InterruptedError:
+    print("woken")
+"""
+    container = box(*python(code))
+    container.hear("ready")
+    application = checkpoint.application_pid(container.pid)
+    assert application is not None
+    # Stopped, so that its handler can't run before the dump.
+    os.kill(application, signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{application}/stat").read_text().split(") ")[1][0] == "T")
+    os.kill(application, signal.SIGUSR1)
+    await criu.dump(container.pid, images)
+    await criu.restore(container.pid, images)
+    application = checkpoint.application_pid(container.pid)
+    assert application is not None
+    os.kill(application, signal.SIGCONT)
+    container.hear("woken")
+
+
 IO_URING = """
 import ctypes, time
 fd = ctypes.CDLL(None).syscall(425, 4, ctypes.create_string_buffer(512))

@@ -13,7 +13,7 @@ import pytest
 from box import CAPABILITIES, Box, until
 from matrix import Feature
 
-from criproxy.checkpoint import CheckpointError, Criu
+from criproxy.checkpoint import CheckpointError, Criu, GivenUp
 
 ASLEEP_SECONDS = {"clocks": 0.5}
 """How long a feature's container sleeps, where that matters."""
@@ -21,14 +21,7 @@ ASLEEP_SECONDS = {"clocks": 0.5}
 
 @pytest.mark.parametrize("feature", matrix.features(), ids=lambda feature: feature.name)
 async def test_feature(feature: Feature, box: Callable[..., Box], criu: Criu, images: Path) -> None:
-    def add_program(config: dict[str, Any]) -> None:
-        matrix.build(feature, Path(next(m["source"] for m in config["mounts"] if m["destination"] == "/data")))
-
-        # Which devices it gets is kubelet's business.
-        config["linux"]["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
-
-    capabilities = [*CAPABILITIES, *feature.capabilities]
-    container = box(f"/data/{feature.name}", capabilities=capabilities, change=add_program)
+    container = _box(box, feature)
     _hear(container, "ready")
     for cycle in range(2):
         if feature.refused:
@@ -47,6 +40,17 @@ async def test_feature(feature: Feature, box: Callable[..., Box], criu: Criu, im
     assert container.wait() == 0
 
 
+def _box(box: Callable[..., Box], feature: Feature) -> Box:
+    def add_program(config: dict[str, Any]) -> None:
+        matrix.build(feature, Path(next(m["source"] for m in config["mounts"] if m["destination"] == "/data")))
+
+        # Which devices it gets is kubelet's business.
+        config["linux"]["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
+
+    capabilities = [*CAPABILITIES, *feature.capabilities]
+    return box(f"/data/{feature.name}", capabilities=capabilities, change=add_program)
+
+
 def _hear(container: Box, word: str) -> None:
     """Waits until the program says so. One that can't use the feature here skips the test, one that fails fails it."""
     heard = ""
@@ -61,6 +65,22 @@ def _hear(container: Box, word: str) -> None:
     if heard.startswith("skip: "):
         pytest.skip(f"this machine doesn't have it: {heard.removeprefix('skip: ').strip()}")
     assert heard == f"{word}\n", f"{heard} {container.said(container.stderr)}"
+
+
+async def test_a_dump_that_is_given_up_ends_no_wait(box: Callable[..., Box], criu: Criu, images: Path) -> None:
+    container = _box(box, next(feature for feature in matrix.features() if feature.name == "waits"))
+    wanted = asyncio.Event()
+    wanted.set()
+    _hear(container, "ready")
+    for word in ("ready", "done"):
+        for _ in range(2):
+            with pytest.raises(GivenUp):
+                await criu.dump(container.pid, images, wanted)
+        await criu.dump(container.pid, images)
+        await criu.restore(container.pid, images)
+        os.write(container.stdin, b"\n")
+        _hear(container, word)
+    assert container.wait() == 0
 
 
 def test_the_docs_have_the_same_table() -> None:

@@ -11,6 +11,7 @@ static pthread_t threads[6];
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
 static int released;
+static pid_t child;
 
 static void *in_poll(void *unused)
 {
@@ -83,6 +84,13 @@ static void prepare(void)
 	void *(*const all[])(void *) = { in_poll, in_select, in_condition, in_read, in_epoll, in_sleep };
 
 	CHECK(pipe(wake) == 0);
+	/* A process' first thread isn't dumped as the others are. */
+	child = fork();
+	CHECK(child >= 0);
+	if (child == 0) {
+		in_poll(NULL);
+		_exit(failed);
+	}
 	for (int i = 0; i < 6; i++)
 		CHECK(pthread_create(&threads[i], NULL, all[i], NULL) == 0);
 	while (__atomic_load_n(&started, __ATOMIC_SEQ_CST) < 6)
@@ -92,8 +100,11 @@ static void prepare(void)
 
 static void check(int cycle)
 {
+	int status;
+
 	usleep(50000);
 	CHECK(failed == 0);
+	CHECK(waitpid(child, NULL, WNOHANG) == 0);
 	if (cycle == 0)
 		return;
 	/* One byte for the reader, one that stays for the others to see. */
@@ -105,4 +116,5 @@ static void check(int cycle)
 	for (int i = 0; i < 5; i++)
 		CHECK(pthread_join(threads[i], NULL) == 0);
 	CHECK(failed == 0);
+	CHECK(waitpid(child, &status, 0) == child && status == 0);
 }
