@@ -87,6 +87,10 @@ class Cgroup:
         """
         return Cgroup({controller: _whole(folder, name) for controller, folder in self.folders.items()}, self.roots)
 
+    def around(self) -> Cgroup:
+        """The group around it: its pod's, with the pod's other containers."""
+        return Cgroup({controller: folder.parent for controller, folder in self.folders.items()}, self.roots)
+
     def procs(self) -> list[int]:
         """The host's numbers of all processes in it and in groups below it. Empty once it is removed."""
         top = self._processes()

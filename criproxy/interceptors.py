@@ -46,6 +46,8 @@ class Interceptors:
         self._runtime = runtime
         self._bundle = bundle
         self._profiles = profiles
+        self._debugging: dict[str, contextlib.AsyncExitStack] = {}
+        """What keeps the targets of ephemeral containers up until these start, by the ephemeral one's id."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def by_method(self) -> Mapping[str, Interceptor]:
@@ -127,6 +129,18 @@ class Interceptors:
 
     async def create_container(self, call: Call) -> bytes:
         request = cri.CreateContainerRequest.FromString(call.request)
+        namespaces = request.config.linux.security_context.namespace_options
+        target = self._node.member(namespaces.target_id) if namespaces.pid == cri.TARGET else None
+        if target is None or target.container is None:
+            return await self._create_container(call, request)
+        # It is to find the application. Once it runs, its processes keep that up (Workload.visitors).
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(target.container.awake(f"kubectl debug ({request.config.metadata.name})"))
+            response = await self._create_container(call, request)
+            self._debugging[cri.CreateContainerResponse.FromString(response).container_id] = stack.pop_all()
+        return response
+
+    async def _create_container(self, call: Call, request: cri.CreateContainerRequest) -> bytes:
         sandbox = self._node.sandboxes.get(request.pod_sandbox_id)
         untouched = rewrite.container_handler(call.request)
         if sandbox is None or not sandbox.policy.covers(request.config.metadata.name):
@@ -200,7 +214,8 @@ class Interceptors:
 
     async def start_container(self, call: Call) -> bytes:
         request = cri.StartContainerRequest.FromString(call.request)
-        response = await call.forward()
+        async with self._debugging.pop(request.container_id, contextlib.AsyncExitStack()):
+            response = await call.forward()
         member = self._node.member(request.container_id)
         if member is not None:
             await self._shielded(self._node.started_container(member))
@@ -231,6 +246,7 @@ class Interceptors:
         request = cri.RemoveContainerRequest.FromString(call.request)
         member = self._node.member(request.container_id)
         response = await self._killed(call, [member] if member is not None else [])
+        await self._debugging.pop(request.container_id, contextlib.AsyncExitStack()).aclose()  # it never started
         await self._shielded(self._node.removed_container(request.container_id))
         return response
 

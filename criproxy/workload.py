@@ -62,6 +62,17 @@ class Processes:
         for pid in self._cgroup.procs():
             if pid not in own and (name := processes.name(pid)):
                 return f'"{name}" (pid {pid}) was started in the container from outside (exec)'
+        return self._neighbour()
+
+    def _neighbour(self) -> str | None:
+        """A process of another container in this one's own PID namespace: it wants to see the application, and could
+        take a number that the application needs when it is restored."""
+        if processes.ns_pid(self.init_pid) != 1:
+            return None  # the pod's, where everybody is
+        inside = set(self._cgroup.procs())
+        for pid in processes.in_namespace(self.init_pid, self._cgroup.around().procs()):
+            if pid not in inside and (name := processes.name(pid)):
+                return f'"{name}" (pid {pid}) of an ephemeral container is in its PID namespace (kubectl debug)'
         return None
 
     def working(self) -> str | None:
@@ -105,6 +116,9 @@ class Processes:
         return found
 
     # --- what is done to them ------------------------------------------------------------------------------
+
+    async def snapshot(self, folder: Path, unless: asyncio.Event) -> None:
+        raise CheckpointError("it runs without criproxy's init, and so can only be frozen")
 
     def entangled(self) -> str | None:
         return entanglement(self.init_pid, self._cgroup.procs(), self._unix_sockets())
@@ -179,6 +193,12 @@ class Workload(Processes):
         if not unless.is_set():
             self._cgroup.reclaim()
         return sum(f.stat().st_size for f in self._images.iterdir())
+
+    async def snapshot(self, folder: Path, unless: asyncio.Event) -> None:
+        await self._criu.snapshot(self.init_pid, folder, unless)
+
+    def hand_out(self, folder: Path) -> None:
+        checkpoint.link(self._images, folder)
 
     def streams(self) -> dict[Flow, Stream]:
         if self._close:

@@ -1,0 +1,199 @@
+"""What a pod spec may ask for, in pods that are scaled down: containers, hooks and namespaces (docs/pod-spec.md)."""
+
+from __future__ import annotations
+
+import http.client
+from pathlib import Path
+
+import pytest
+from specimen import (
+    PORT,
+    QUICK,
+    Specimen,
+    comm,
+    eventually,
+    never,
+    seen,
+    wait_for,
+)
+
+from criproxy.api import cri_pb2 as cri
+from lab.daemon import Daemon
+from lab.kubelet import Kubelet, Pod
+
+ONE = {**QUICK, "criproxy.io/container-names": "specimen"}
+RUNNING = cri.ContainerState.CONTAINER_RUNNING
+EXITED = cri.ContainerState.CONTAINER_EXITED
+
+
+# --- Containers, one after the other ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("annotations", [QUICK, ONE], ids=["all", "named"])
+def test_init_containers_run_in_their_order_to_their_end(
+    annotations: dict[str, str], kubelet: Kubelet, program: Path, daemon: Daemon, tmp_path: Path
+) -> None:
+    with kubelet.run_pod(annotations=annotations) as pod:
+        inits = [
+            # The second waits for longer than a scale-down would take.
+            pod.run_init("busybox", name, command=["sh", "-c", f"sleep {seconds}; echo {name} >>/volume/order"],
+                         mounts={tmp_path: "/volume"})
+            for name, seconds in (("first", 0), ("second", 1))
+        ]  # fmt: skip
+        assert (tmp_path / "order").read_text() == "first\nsecond\n"
+        specimen = Specimen.run(pod, program)
+        for count in ("1", "2"):
+            wait_for(daemon, specimen.id, "scaled_down")
+            # As kubelet looks for them at each sync, and makes no other ones as long as they are there.
+            for init in inits:
+                found = init.status()
+                assert (found.state, found.exit_code, found.reason) == (EXITED, 0, "Completed")
+            assert specimen.ask("count") == count
+
+
+def test_an_init_container_that_fails_is_told_and_may_be_tried_again(kubelet: Kubelet) -> None:
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        failed = pod.run("busybox", "init", command=["sh", "-c", "echo no >/dev/termination-log; exit 3"])
+        found = failed.wait()
+        assert (found.exit_code, found.reason, failed.termination_message()) == (3, "Error", "no\n")
+        failed.remove()
+        pod.run("busybox", "init", command=["true"], attempt=1).wait()
+
+
+def test_a_sidecar_sleeps_and_is_there_for_what_starts_later(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    """An init container with `restartPolicy: Always`: started before the others, ended after them."""
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        sidecar = Specimen.run(pod, program, "sidecar", port=PORT + 1)
+        wait_for(daemon, sidecar.id, "scaled_down")
+        pod.run_init("busybox", "init", command=["sh", "-c", f"echo count | nc -w 5 127.0.0.1 {PORT + 1} | grep 1"])
+        wait_for(daemon, sidecar.id, "scaled_down")
+        main = Specimen.run(pod, program)
+        for one in (sidecar, main):
+            wait_for(daemon, one.id, "scaled_down")
+        # As kubelet ends a pod: the sidecar last, while its work may still be needed.
+        main.container.stop(10)
+        assert main.log[-1] == "caught 15"
+        assert sidecar.container.status().state == RUNNING
+        assert sidecar.ask("count") == "2"
+        wait_for(daemon, sidecar.id, "scaled_down")
+        sidecar.container.stop(10)
+        assert sidecar.log[-1] == "caught 15"
+
+
+def test_a_sidecar_that_is_not_named_is_not_scaled_down(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    with kubelet.run_pod(annotations=ONE) as pod:
+        sidecar = Specimen.run(pod, program, "sidecar", port=PORT + 1)
+        specimen = Specimen.run(pod, program)
+        wait_for(daemon, specimen.id, "scaled_down")
+        assert comm(sidecar.init()) == "specimen"
+        assert sidecar.ask("count") == "1"
+        assert seen(daemon, specimen.id).state == "scaled_down"
+
+
+# --- Hooks -----------------------------------------------------------------------------------------------------
+
+
+def test_post_start_and_pre_stop_by_exec(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    """kubelet runs both by ExecSync without a time limit; the preStop hook has to find its application awake."""
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        specimen = Specimen.run(pod, program)
+        # It takes longer than a scale-down would.
+        hook = ["sh", "-c", "sleep 1; ls /proc/[0-9]*/exe -l | grep -c specimen"]
+        for _ in range(2):
+            before = seen(daemon, specimen.id).restores
+            assert specimen.container.exec_sync(*hook).stdout == "1\n"
+            wait_for(daemon, specimen.id, "scaled_down")
+        # The same command once more, which has succeeded before: no answer from memory will do.
+        assert specimen.container.exec_sync(*hook).stdout == "1\n"
+        assert seen(daemon, specimen.id).restores > before
+        specimen.container.stop(10)
+        assert specimen.log[-1] == "caught 15"
+
+
+def test_pre_stop_by_http_wakes(kubelet: Kubelet, daemon: Daemon) -> None:
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        container = pod.run("nginx")
+        for path in ("/post-start", "/", "/pre-stop"):
+            if path != "/post-start":
+                wait_for(daemon, container.id, "scaled_down")
+            eventually(lambda p=path: hook_answered(pod, p), "the hook is answered")  # type: ignore[misc]
+            eventually(lambda p=path: f"GET {p} HTTP" in container.logs(), "nginx has seen it")  # type: ignore[misc]
+        container.stop(10)
+
+
+def hook_answered(pod: Pod, path: str) -> bool:
+    """As kubelet's HTTP hooks: any answer below 400 means that it went well, here none at all is what counts."""
+    connection = http.client.HTTPConnection(pod.ip, 80, timeout=10)
+    try:
+        connection.request("GET", path, headers={"User-Agent": "kube-lifecycle/1.36", "Connection": "close"})
+        return connection.getresponse().status > 0
+    except ConnectionRefusedError:
+        return False
+    finally:
+        connection.close()
+
+
+# --- Ephemeral containers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("annotations", [QUICK, ONE], ids=["all", "named"])
+@pytest.mark.parametrize("tier", ["checkpoint", "freeze"])
+def test_kubectl_debug_finds_its_target_awake_and_keeps_it_so(
+    tier: str, annotations: dict[str, str], kubelet: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    """`kubectl debug --target`: in the PID namespace of the application, which sleeps when it is made."""
+    with kubelet.run_pod(annotations={**annotations, "criproxy.io/tier": tier}) as pod:
+        specimen = Specimen.run(pod, program)
+        specimen.tell("set precious")
+        wait_for(daemon, specimen.id, "scaled_down")
+        command = ["sh", "-c", "ps; while [ ! -e /enough ]; do sleep 0.1; done"]
+        debugger = pod.debug("busybox", "debugger", target=specimen.container, command=command)
+        eventually(lambda: debugger.log.exists() and "/specimen/specimen" in debugger.logs(), "it sees the application")
+        eventually(lambda: "kubectl debug" in seen(daemon, specimen.id).reason, "it is said what keeps it awake")
+        never(lambda: seen(daemon, specimen.id).state != "running", "it was scaled down", seconds=1)
+        daemon.restart()
+        never(lambda: seen(daemon, specimen.id).state != "running", "the next daemon has scaled it down", seconds=1)
+        # The first process of another container in there isn't scaled down itself.
+        states = {c["container"]: c for c in daemon.status()}
+        if annotations == QUICK:
+            assert "another container's PID namespace" in states["debugger"]["reason"]
+        else:
+            assert "debugger" not in states
+        assert debugger.exec_sync("touch", "/enough").exit_code == 0
+        assert debugger.wait().exit_code == 0
+        wait_for(daemon, specimen.id, "scaled_down")
+        assert specimen.ask("get") == "precious"
+
+
+def test_a_debugger_that_never_starts_does_not_keep_its_target_awake_for_ever(
+    kubelet: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        specimen = Specimen.run(pod, program)
+        wait_for(daemon, specimen.id, "scaled_down")
+
+        def target(config: cri.ContainerConfig) -> None:
+            namespaces = config.linux.security_context.namespace_options
+            namespaces.pid, namespaces.target_id = cri.NamespaceMode.TARGET, specimen.id
+
+        debugger = pod.create_container("busybox", "debugger", command=["true"], change=target)
+        never(lambda: seen(daemon, specimen.id).state != "running", "it was scaled down", seconds=1)
+        assert "kubectl debug (debugger)" in seen(daemon, specimen.id).reason
+        debugger.remove()
+        wait_for(daemon, specimen.id, "scaled_down")
+
+
+@pytest.mark.parametrize("tty", [False, True], ids=["pipes", "tty"])
+def test_an_ephemeral_container_without_a_target_is_never_scaled_down(
+    tty: bool, kubelet: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    """CRI doesn't tell that it is one. It listens nowhere, so no packet could wake it."""
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        specimen = Specimen.run(pod, program)
+        debugger = pod.debug("busybox", "debugger", command=["sh"], stdin=True, tty=tty)
+        wait_for(daemon, specimen.id, "scaled_down")
+        never(lambda: seen(daemon, debugger.id).state != "running", "it was scaled down", seconds=1)
+        assert "listens on no port" in seen(daemon, debugger.id).reason
+        with debugger.attach(stdin=True) as attached:
+            attached.write(f"echo count | nc -w 5 127.0.0.1 {PORT}\n".encode())
+            eventually(lambda: "1" in debugger.logs(), "it reaches the application")
