@@ -25,11 +25,9 @@ from criproxy.node import Node
 from criproxy.runtime import CriError, ImageConfig, Runtime, stop_signal
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 from criproxy.seccomp import Profiles
+from criproxy.streaming import Streaming
 
 log = logging.getLogger(__name__)
-
-STREAM_SECONDS = 10.0
-"""How long Exec, Attach and PortForward keep a container up after their answer: the client has yet to connect."""
 
 
 class Interceptors:
@@ -46,6 +44,7 @@ class Interceptors:
         self._runtime = runtime
         self._bundle = bundle
         self._profiles = profiles
+        self._streaming = Streaming()
         self._debugging: dict[str, contextlib.AsyncExitStack] = {}
         """What keeps the targets of ephemeral containers up until these start, by the ephemeral one's id."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +70,7 @@ class Interceptors:
         return {method: handler for name, handler in handlers.items() for method in methods(name)}
 
     async def close(self) -> None:
+        await self._streaming.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -284,14 +284,14 @@ class Interceptors:
             return await call.forward()
 
     async def stream(self, call: Call) -> bytes:
-        """Exec and Attach: the answer is a URL that the client connects to, past us."""
+        """Exec and Attach: the answer is a URL that the client connects to."""
         # Both requests have the container's id in field 1.
         return await self._held(call, [self._node.member(cri.AttachRequest.FromString(call.request).container_id)])
 
     async def port_forward(self, call: Call) -> bytes:
+        # All of them: which ports it is about is said in the stream.
         request = cri.PortForwardRequest.FromString(call.request)
-        sandbox = self._node.sandboxes.get(request.pod_sandbox_id)
-        return await self._held(call, list(sandbox.containers.values()) if sandbox is not None else [])
+        return await self._held(call, self._members(request.pod_sandbox_id))
 
     async def _held(self, call: Call, members: Sequence[Member | None]) -> bytes:
         containers = [m.container for m in members if m is not None and m.container is not None]
@@ -299,15 +299,12 @@ class Interceptors:
             for container in containers:
                 await stack.enter_async_context(container.awake(call.name))
             response = await call.forward()
-            if containers:
-                hold = stack.pop_all()
-                self._task(self._release_later(hold))
-            return response
-
-    @staticmethod
-    async def _release_later(hold: contextlib.AsyncExitStack) -> None:
-        async with hold:
-            await asyncio.sleep(STREAM_SECONDS)
+            if not containers:
+                return response
+            # All three answers have the URL in field 1.
+            answer = cri.AttachResponse.FromString(response)
+            answer.url = self._streaming.url(answer.url, stack.pop_all())
+            return answer.SerializeToString()
 
     # --- inside --------------------------------------------------------------------------------------------
 

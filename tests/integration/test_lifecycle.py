@@ -87,10 +87,7 @@ def test_exec_wakes_and_keeps_it_awake_as_long_as_it_runs(specimen: Specimen, da
         shell.write(b"echo here\n")
         shell.read_until(b"here\n")
         assert seen(daemon, specimen.id).restores == 1
-        # The hold that comes with the call ends long before a session does; then the process itself is the reason.
-        eventually(
-            lambda: '"sh"' in seen(daemon, specimen.id).reason, "the session's process is the reason", timeout=20
-        )
+        eventually(lambda: seen(daemon, specimen.id).reason == "Exec is under way", "the session is the reason")
         never(lambda: seen(daemon, specimen.id).state == "scaled_down", "scaled down below a session", seconds=1)
         shell.write(b"exit 5\n")
         assert shell.exit_code() == 5
