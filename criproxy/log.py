@@ -57,8 +57,8 @@ def set_up(level: str, stream: TextIO | None = None, environment: Mapping[str, s
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(LEVELS[level])
-    # Their debug lines (the selector it chose, the loop it found) tell nobody anything about containers.
-    for name in ("asyncio", "grpc"):
+    # Their debug lines (the selector it chose, the bytes it decodes) tell nobody anything about containers.
+    for name in ("asyncio", "grpc", "hpack"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
