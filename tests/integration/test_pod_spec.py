@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,12 @@ from specimen import (
     PORT,
     QUICK,
     Specimen,
+    application_pid,
     comm,
     eventually,
     never,
     seen,
+    status,
     wait_for,
 )
 
@@ -197,3 +202,96 @@ def test_an_ephemeral_container_without_a_target_is_never_scaled_down(
         with debugger.attach(stdin=True) as attached:
             attached.write(f"echo count | nc -w 5 127.0.0.1 {PORT}\n".encode())
             eventually(lambda: "1" in debugger.logs(), "it reaches the application")
+
+
+# --- Namespaces ------------------------------------------------------------------------------------------------
+
+
+def in_(**modes: int) -> Callable[[cri.PodSandboxConfig], None]:
+    def change(config: cri.PodSandboxConfig) -> None:
+        options = config.linux.security_context.namespace_options
+        for name, mode in modes.items():
+            setattr(options, name, mode)
+        if options.network == cri.NamespaceMode.NODE:
+            config.hostname = ""  # such pods have the host's
+
+    return change
+
+
+def test_a_shared_pid_namespace_is_frozen_container_by_container(
+    kubelet: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    """`shareProcessNamespace`: PID 1 is the pause container, and the others see each other."""
+    with kubelet.run_pod(annotations=QUICK, change=in_(pid=cri.NamespaceMode.POD)) as pod:
+        one = Specimen.run(pod, program, "one")
+        two = Specimen.run(pod, program, "two", port=PORT + 1)
+        assert wait_for(daemon, one.id, "scaled_down").tier == "freeze"
+        wait_for(daemon, two.id, "scaled_down")
+        assert "shareProcessNamespace" in seen(daemon, one.id).reason
+        assert one.ask("count") == "1"
+        # A signal of a neighbour reaches a frozen one when it goes on, as the kernel has it.
+        wait_for(daemon, one.id, "scaled_down")
+        number = status(application_pid(one.container))["NSpid"].split()[-1]
+        assert two.container.exec_sync("kill", "-TERM", number).exit_code == 0
+        assert one.container.status().state == RUNNING
+        with contextlib.suppress(OSError), one.connect():
+            pass
+        assert one.container.wait().exit_code == 0
+        assert two.ask("count") == "1"
+
+
+@pytest.mark.parametrize(
+    ("modes", "reason"),
+    [({"network": cri.NamespaceMode.NODE}, "hostNetwork"), ({"pid": cri.NamespaceMode.NODE}, "hostPID")],
+    ids=["network", "pid"],
+)
+def test_the_hosts_namespaces_are_left_alone(
+    modes: dict[str, int], reason: str, kubelet: Kubelet, program: Path, daemon: Daemon
+) -> None:
+    port = 7932
+    before = hosts_network()
+    with kubelet.run_pod(
+        annotations={**QUICK, "criproxy.io/ports-map": f"specimen={port}"}, change=in_(**modes)
+    ) as pod:
+        specimen = Specimen.run(pod, program, port=port)
+        known = seen(daemon, specimen.id)
+        assert (known.state, known.tier) == ("disabled", "")
+        assert reason in known.reason
+        assert comm(specimen.init()) == "specimen"
+        specimen.address = specimen.address or "127.0.0.1"
+        assert specimen.ask("count") == "1"
+        if "network" in modes:
+            assert hosts_network() == before
+
+
+def hosts_network() -> list[str]:
+    """What a pod's network gets of us, and the host's must not: a hook, and settings."""
+    hook = subprocess.run(["tc", "qdisc", "show", "dev", "lo"], check=True, capture_output=True, text=True).stdout
+    names = ("net/mptcp/enabled", "net/ipv4/conf/lo/route_localnet", "net/ipv4/conf/lo/accept_local")
+    return [hook, *(path.read_text() for name in names if (path := Path("/proc/sys", name)).exists())]
+
+
+def test_the_hosts_ipc_namespace(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    with kubelet.run_pod(annotations=QUICK, change=in_(ipc=cri.NamespaceMode.NODE)) as pod:
+        specimen = Specimen.run(pod, program)
+        for count in ("1", "2"):
+            assert wait_for(daemon, specimen.id, "scaled_down").tier == "checkpoint"
+            assert specimen.ask("count") == count
+        assert Path(f"/proc/{specimen.pid()}/ns/ipc").samefile("/proc/self/ns/ipc")
+
+
+def test_a_user_namespace_is_left_as_it_is(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
+    """`hostUsers: false`. containerd 1.6 knows nothing of it, and runs the pod without one."""
+
+    def mapped(config: cri.PodSandboxConfig) -> None:
+        options = config.linux.security_context.namespace_options.userns_options
+        options.mode = cri.NamespaceMode.POD
+        for ids in (options.uids, options.gids):
+            ids.add(host_id=65536, container_id=0, length=65536)
+
+    with kubelet.run_pod(annotations=QUICK, change=mapped) as pod:
+        specimen = Specimen.run(pod, program)
+        assert comm(specimen.init()) == "specimen"
+        assert wait_for(daemon, specimen.id, "scaled_down").tier == "freeze"
+        assert "hostUsers: false" in seen(daemon, specimen.id).reason
+        assert specimen.ask("count") == "1"
