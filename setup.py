@@ -1,4 +1,4 @@
-"""Makes what Python alone can't: protocol modules, the static init and launcher, the eBPF object.
+"""Makes what Python alone can't: protocol modules, the static init and launcher, the eBPF objects.
 
 `pip install .`, `pip install -e .` and `python setup.py artefacts` all do it. Everything lands in the source
 tree (`criproxy/api`, `criproxy/libexec`), which is where an editable install runs from and where the wheel takes
@@ -111,8 +111,8 @@ def native(name: str, target: str, *flags: str) -> None:
         print(f"made {output}")
 
 
-def ebpf() -> None:
-    path, output = source("bpf/pod.c"), LIBEXEC / "pod.bpf.o"
+def ebpf(name: str) -> None:
+    path, output = source(f"bpf/{name}.c"), LIBEXEC / f"{name}.bpf.o"
     if not outdated(output, [path, *headers("bpf")]):
         return
     # <asm/types.h> is in the multiarch folder, where clang doesn't look when it compiles for bpf.
@@ -140,7 +140,7 @@ MAKERS = {
     "keep": lambda: native("keep", "keep", "-static"),
     "pages": lambda: native("pages", "pages", "-static"),
     "preload": lambda: native("preload", "preload.so", "-shared", "-fPIC"),
-    "bpf": ebpf,
+    "bpf": lambda: [ebpf("pod"), ebpf("kubelet")],
     "systemd": units,
 }
 

@@ -15,10 +15,9 @@
 #include <linux/tcp.h>
 #include <linux/udp.h>
 
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
+#include "kubelet.h"
 
-#define LAYOUT 2      /* of the maps and of struct record; network.py refuses pins of another one */
+#define LAYOUT 3      /* of the maps and the records; network.py refuses pins of another one */
 #define SLOTS 16      /* containers per pod */
 #define LO 1          /* the kernel gives every namespace's lo this ifindex */
 #define EXTENSIONS 8  /* IPv6 extension headers that are walked at most; a packet with more isn't looked at */
@@ -36,6 +35,7 @@ struct pod {
 	__u32 layout;
 	__u32 parking;  /* how many slots aren't in PASS: a shortcut for the packets of a running pod */
 	__u32 sysctls;  /* which settings of the namespace were changed (bits), for the way back */
+	__u32 commands; /* the slots (bits) in whose container an exec probe is under way */
 };
 
 /* Written by the programs alone. Times: CLOCK_MONOTONIC in ns, 0 for never. */
@@ -62,21 +62,12 @@ struct port {
 	__u8 zero;
 };
 
-#define QUIET 1 /* neither counts as activity nor wakes */
+#define QUIET 1       /* neither counts as activity nor wakes */
+#define ANSWERED(who) (0x100 << (who)) /* while parked, new connections of this kind of visitor are the listener's */
 
 struct owner {
 	__u32 slot;
 	__u32 flags;
-};
-
-/* Addresses are IPv6 or IPv4-mapped; local is the pod's end. */
-struct four {
-	__u32 local[4];
-	__u32 remote[4];
-	__be16 local_port;
-	__be16 remote_port;
-	__u8 proto;
-	__u8 zero[3];
 };
 
 #define STATED 1     /* the fields below are filled in: the socket sleeps, and its keep-alives are answered */
@@ -98,6 +89,31 @@ struct talk {
 	__u64 out;
 };
 
+/* Whose connections are looked at before they count as activity. */
+enum visitor {
+	KUBELET = 0,  /* opened by a process in kubelet's cgroup (kubelet.c), or from an address that stands for it */
+	LOOPBACK = 1, /* over lo: a mesh's agent may forward kubelet's probe */
+	COMMAND = 2,  /* over lo while an exec probe is under way */
+};
+
+enum state {
+	UNDECIDED = 0, /* LOOPBACK: the client has said nothing so far */
+	WATCHED = 1,   /* copied for user space (but for COMMAND), doesn't count as activity */
+	OURS = 2,      /* the listener has it: neither counts nor is copied */
+};
+
+/* A connection of such a visitor, from its SYN until user space says that it is no probe, or another takes its place. */
+struct visit {
+	struct owner owner;
+	__u32 commands; /* COMMAND: the slots (bits) whose exec probe it may belong to */
+	__u32 first;    /* the client's initial sequence number, */
+	__u32 answer;   /* and the server's */
+	__u8 visitor;
+	__u8 state;
+	__u8 in;        /* packets that were copied in each direction */
+	__u8 out;
+};
+
 struct link {
 	__u32 mark;        /* for replay onto this link */
 	__u32 made_clsact; /* the qdisc was ours */
@@ -106,7 +122,9 @@ struct link {
 
 /* What the ring buffer holds: this header, then the frame as it came, from the link header on. */
 struct record {
-	__u32 slot;
+	__u16 slot;
+	__u8 probe;     /* a SYN for the listener, which wasn't there */
+	__u8 zero;
 	__u32 ifindex;
 	__u32 length;   /* of the frame; what follows it is padding */
 	__u32 header;   /* length of the link header in it */
@@ -115,6 +133,20 @@ struct record {
 	__u8 proto;
 	__u8 flags;     /* TCP's flags byte */
 	__u64 time;     /* CLOCK_MONOTONIC, ns */
+};
+
+/* What the ring buffer of watched connections holds: this, then the beginning of the payload. */
+struct copy {
+	struct four four; /* local is the server's end, whichever way the packet went */
+	__u32 slot;
+	__u32 seq;
+	__u32 length;     /* bytes of payload in all */
+	__u32 copied;     /* of them follow; what is behind is padding */
+	__u64 time;       /* CLOCK_MONOTONIC, ns */
+	__u8 visitor;
+	__u8 incoming;
+	__u8 flags;       /* TCP's flags byte */
+	__u8 zero[5];
 };
 
 struct {
@@ -189,5 +221,28 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 19);
 } parked SEC(".maps");
+
+/*
+ * 60 KB. A probe is in here for as long as it takes. What falls out counts as activity, should it go on.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 512);
+	__type(key, struct four);
+	__type(value, struct visit);
+} visits SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 16);
+} watched SEC(".maps");
+
+/* The socket in this pod that answers probes; empty while no daemon is there, as a closed socket leaves by itself. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} listener SEC(".maps");
 
 #endif

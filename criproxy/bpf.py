@@ -14,8 +14,8 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Self
 
 from criproxy.namespaces import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
 
@@ -40,11 +40,19 @@ class Object:
     """An eBPF object file, loaded: its maps and programs live as long as this object, their pins or their users."""
 
     def __init__(
-        self, path: Path, pins: Path, sizes: Mapping[str, int], maps: tuple[str, ...], programs: tuple[str, ...]
+        self,
+        path: Path,
+        pins: Path,
+        sizes: Mapping[str, int],
+        maps: tuple[str, ...],
+        programs: tuple[str, ...],
+        shared: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         """Loads `path` and pins the named maps and programs under `pins` (a new folder on a bpf file system).
 
-        `sizes` sets the entries (bytes for a ring buffer) of maps. Raises BpfError; nothing stays behind then.
+        `sizes` sets the entries (bytes for a ring buffer) of maps. `shared` maps are those pinned at the given paths,
+        which other objects use as well; where none is pinned yet it is made. Raises BpfError; nothing (but the shared
+        maps) stays behind then.
         """
         lib = _libbpf()
         with _said() as said:
@@ -57,7 +65,7 @@ class Object:
                 self.close()
                 raise BpfError(f"Cannot make the folder {pins} for pins: {error.strerror}") from error
             try:
-                self._load(lib, pins, sizes, maps, programs, said)
+                self._load(lib, pins, sizes, {**{name: pins / name for name in maps}, **shared}, programs, said)
             except BaseException:
                 self.close()
                 unpin(pins)
@@ -68,18 +76,18 @@ class Object:
         lib: Any,
         pins: Path,
         sizes: Mapping[str, int],
-        maps: tuple[str, ...],
+        maps: Mapping[str, Path],
         programs: tuple[str, ...],
         said: list[str],
     ) -> None:
-        for name in maps:
+        for name, pin in maps.items():
             found = lib.bpf_object__find_map_by_name(self._handle, name.encode())
             if not found:
                 raise BpfError(f"The eBPF object has no map {name} (it belongs to another version of criproxy)")
             if name in sizes and lib.bpf_map__set_max_entries(found, sizes[name]):
                 raise _error(f"Cannot give the map {name} {sizes[name]} entries", said)
-            if lib.bpf_map__set_pin_path(found, os.fsencode(pins / name)):
-                raise _error(f"Cannot pin the map {name} in {pins}", said)
+            if lib.bpf_map__set_pin_path(found, os.fsencode(pin)):
+                raise _error(f"Cannot pin the map {name} at {pin}", said)
         if lib.bpf_object__load(self._handle):
             raise _error("Cannot load the eBPF programs", said)
         for name in programs:
@@ -127,6 +135,44 @@ class Pinned:
         if found is None:
             raise BpfError(f"The kernel doesn't tell the id of {self._name}")
         return int(found[1])
+
+
+class CgroupLink(Pinned):
+    """A program that is attached to a cgroup by a pinned link: it stays so until cgroup or pin is removed."""
+
+    @classmethod
+    def attach(cls, program: Pinned, cgroup: Path, path: Path) -> Self:
+        """Attaches a program for `sock_ops` beside those of others, and pins the link at `path`. Raises BpfError."""
+        lib = _libbpf()
+        try:
+            target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BpfError(f"Cannot open the cgroup {cgroup}: {error.strerror}") from error
+        try:
+            link = lib.bpf_link_create(program.fileno(), target, _CGROUP_SOCK_OPS, None)
+            if link < 0:
+                raise _error(f"Cannot attach to the cgroup {cgroup}", [])
+        finally:
+            os.close(target)
+        try:
+            if lib.bpf_obj_pin(link, os.fsencode(path)) < 0:
+                raise _error(f"Cannot pin a link at {path}", [])
+        finally:
+            os.close(link)
+        return cls(path)
+
+    def cgroup(self) -> int:
+        """The inode of the cgroup's folder; 0: it was removed. Raises BpfError."""
+        text = Path(f"/proc/self/fdinfo/{self._fd}").read_text()
+        found = re.search(r"^cgroup_id:\s*(\d+)", text, re.MULTILINE)
+        if found is None:
+            raise BpfError(f"What is pinned as {self._name} is no link to a cgroup")
+        return int(found[1])
+
+    def update(self, program: Pinned) -> None:
+        """Puts another program into the first one's place, with no moment in between. Raises BpfError."""
+        if _libbpf().bpf_link_update(self._fd, program.fileno(), None) < 0:
+            raise _error(f"Cannot replace the program of {self._name}", [])
 
 
 class Map(Pinned):
@@ -266,6 +312,9 @@ _lock: Final = threading.Lock()
 _messages: list[str] = []
 _loaded: Any = None
 
+_CGROUP_SOCK_OPS: Final = 3
+"""BPF_CGROUP_SOCK_OPS of enum bpf_attach_type, linux/bpf.h."""
+
 _P, _I, _S, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32
 _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "bpf_object__open_file": (_P, [_S, _P]),
@@ -277,6 +326,9 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "bpf_map__set_pin_path": (_I, [_P, _S]),
     "bpf_program__pin": (_I, [_P, _S]),
     "bpf_obj_get": (_I, [_S]),
+    "bpf_obj_pin": (_I, [_I, _S]),
+    "bpf_link_create": (_I, [_I, _I, _I, _P]),
+    "bpf_link_update": (_I, [_I, _I, _P]),
     "bpf_map_lookup_elem": (_I, [_I, _S, _P]),
     "bpf_map_update_elem": (_I, [_I, _S, _S, ctypes.c_uint64]),
     "bpf_map_delete_elem": (_I, [_I, _S]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import ipaddress
 import math
 import tomllib
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from criproxy import log, policy
 DEFAULT_CONFIG = Path("/etc/criproxy/config.toml")
 # sun_path of a Unix socket's address has 108 bytes, the last of which is a NUL (unix(7)).
 _LONGEST_SOCKET_PATH = 107
+MAX_ADDRESSES = 64
+"""As many as kubelet.h has room for."""
 
 
 class ConfigError(Exception):
@@ -104,6 +107,41 @@ def _size(value: object) -> int:
         raise _BadValue(f'{error}; give bytes, or a size such as "4MiB"') from None
 
 
+def _cgroup(value: object) -> str | None:
+    """A path below the root of the cgroup v2 tree, with a slash in front; None: not given."""
+    if value == "":
+        return None
+    if not isinstance(value, str) or not value.startswith("/") or ".." in value.split("/") or "\0" in value:
+        raise _BadValue("is no path below the root of cgroup v2, such as /system.slice/kubelet.service")
+    if not value.strip("/"):
+        raise _BadValue("is the root cgroup, which has every process of the node")
+    return value.rstrip("/")
+
+
+def _process(value: object) -> str:
+    # /proc/PID/comm has 15 bytes of a longer name (proc_pid_comm(5)).
+    if not isinstance(value, str) or not value or "/" in value or len(value.encode()) > 15:
+        raise _BadValue("is no name of a process as /proc/PID/comm has it, such as kubelet: 1 to 15 bytes, no slash")
+    return value
+
+
+def _addresses(value: object) -> tuple[str, ...]:
+    """A list of IP addresses, or a string with commas between them."""
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list):
+        raise _BadValue('is no list of IP addresses, such as "10.0.0.1,fd00::1"')
+    found = []
+    for word in words:
+        try:
+            if str(word).strip():
+                found.append(str(ipaddress.ip_address(str(word).strip())))
+        except ValueError:
+            raise _BadValue(f'has "{word}", which is no IP address; the form is "10.0.0.1,fd00::1"') from None
+    if len(found) > MAX_ADDRESSES:
+        raise _BadValue(f"has {len(found)} addresses; there may be {MAX_ADDRESSES}")
+    return tuple(found)
+
+
 def _duration(value: object) -> float:
     """Seconds from a Go duration, as in the annotation."""
     try:
@@ -178,6 +216,23 @@ class Config:
     )
     criu_root: Path = _setting(
         Path("/"), _path, "FOLDER", "the root whose CRIU and libraries are used: / for this machine's own"
+    )
+    kubelet_cgroup: str | None = _setting(
+        None,
+        _cgroup,
+        "PATH",
+        "the cgroup of kubelet, whose probes are known by it: a path below the root of cgroup v2",
+        "found by the names of the services of kubelet, k3s and rke2",
+    )
+    kubelet_process: str = _setting(
+        "kubelet", _process, "NAME", "the process whose cgroup it is, where no such service is found"
+    )
+    kubelet_addresses: tuple[str, ...] = _setting(
+        (),
+        _addresses,
+        "ADDRESSES",
+        "IP addresses that are taken for kubelet's wherever they come from: a last resort",
+        "none",
     )
 
     @property

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
-from criproxy import netlink, packet, pod_maps, sockets
+from criproxy import kubelet, netlink, packet, pod_maps, sockets
 from criproxy.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
 from criproxy.namespaces import in_network_namespace
 from criproxy.netlink import DIRECTIONS, Direction, Link, Netlink
@@ -43,12 +45,15 @@ from criproxy.pod_maps import (
     SLOT,
     SLOTS,
     U32,
+    WATCHED,
     Activity,
     Counters,
     Park,
     Parked,
     Stream,
     Talk,
+    Visitor,
+    Watched,
 )
 from criproxy.policy import Port
 from criproxy.sockets import Flow, Socket, UnixSocket
@@ -64,6 +69,10 @@ PREFERENCE: Final = 7
 """Where our filters are in a link's list. Before others', so that a packet which is sent again passes theirs once."""
 HANDLE: Final = 0xC71
 NAME: Final = "criproxy"
+
+LISTENER_PORTS: Final = range(61000, 65536)
+"""Above those that the kernel hands out by itself, and seldom an application's. Nobody connects to it."""
+LISTENER_QUEUE: Final = 128
 
 _SETTINGS: Final = (
     # What is sent again to lo carries no route: without these the kernel drops 127.0.0.1 and the pod's own addresses
@@ -100,7 +109,8 @@ class PodNetwork:
         """How often `problem` has hooked a link that had no hook: what passed it meanwhile was not seen."""
         self.attached_in = 0.0
         """Seconds that `attach` or `adopt` took."""
-        self._callback: Callable[[Parked], None] | None = None
+        self._on_parked: Callable[[Parked], None] | None = None
+        self._on_watched: Callable[[Watched], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._links: dict[int, Link] = {}
         self._marks: dict[int, int] = {}
@@ -112,15 +122,21 @@ class PodNetwork:
                     f"The hook pinned in {pins} belongs to another version of criproxy (layout {layout})"
                 )
             self._ring = _closing(stack, RingBuffer(_closing(stack, Pinned(pins / RING))))
+            self._watched = _closing(stack, RingBuffer(_closing(stack, Pinned(pins / WATCHED))))
             self._programs = {name: _program_id(pins / name) for name in DIRECTIONS}
             self._route, self._diag, self._sender = _open_sockets(stack, netns)
             self._ports: dict[bytes, bytes] = dict(self._maps["ports"].items())
+            self._answered: dict[int, dict[bytes, Collection[Visitor]]] = {}
+            for key, value in self._ports.items():
+                slot, _ = pod_maps.owner_of(value)
+                self._answered.setdefault(slot, {})[key] = pod_maps.answered_of(value)
             self._flows: dict[bytes, bytes] = dict(self._maps["flows"].items())
             self._resources = stack.pop_all()
 
     @classmethod
     def attach(cls, netns: Path, pins: Path, *, ring_bytes: int = RING_BYTES, program: Path = OBJECT) -> Self:
-        """Puts a hook into the network namespace `netns`; `pins`: a folder to be made on a bpf file system.
+        """Puts a hook into the network namespace `netns`; `pins`: a folder to be made on a bpf file system, beside the
+        one that `kubelet.Kubelet` has there.
 
         `ring_bytes` (a power of two, 4096 or more) bounds what is parked and not yet read. Raises BpfError or
         NetworkError; nothing stays behind then.
@@ -129,7 +145,9 @@ class PodNetwork:
             raise NetworkError(f"The ring buffer can't have {ring_bytes} bytes (a power of two from 4096 on)")
         began = time.monotonic()
         # Once pinned, the rest is as after a restart of the daemon.
-        Object(program, pins, {RING: ring_bytes}, (*MAPS, RING), DIRECTIONS).close()
+        Object(
+            program, pins, {RING: ring_bytes}, (*MAPS, RING, WATCHED), DIRECTIONS, kubelet.shared_maps(pins.parent)
+        ).close()
         try:
             self = cls(netns, pins)
         except BaseException:
@@ -137,7 +155,7 @@ class PodNetwork:
             raise
         try:
             changed = in_network_namespace(netns, _change_settings)
-            self._maps["pod"].set(U32.pack(0), POD.pack(LAYOUT, 0, changed))
+            self._maps["pod"].set(U32.pack(0), POD.pack(LAYOUT, 0, changed, 0))
             self._hook()
         except BaseException as error:
             self.detach()
@@ -196,13 +214,29 @@ class PodNetwork:
         Traffic of `quiet` ports neither counts as activity nor wakes; it is dropped while the slot is parked.
         A port that another slot had moves to this one. Raises BpfError.
         """
-        wanted = {pod_maps.port(port): pod_maps.owner(_slot(slot)) for port in ports}
-        wanted |= {pod_maps.port(port): pod_maps.owner(slot, quiet=True) for port in quiet}
+        self._assign(slot, {pod_maps.port(port): port in quiet for port in (*ports, *quiet)})
+
+    def _assign(self, slot: int, quiet: Mapping[bytes, bool]) -> None:
+        """The slot's ports, as they are in the map, and whether they are quiet."""
+        answered = self._answered.get(_slot(slot), {})
+        wanted = {key: pod_maps.owner(slot, quiet=quiet[key], answered=answered.get(key, ())) for key in quiet}
         self._reconcile("ports", self._ports, wanted, slot)
+
+    def answer(self, slot: int, ports: Mapping[Port, Collection[Visitor]]) -> None:
+        """Whose new connections to which of the slot's ports go to the listener (`listen`) while the slot isn't in
+        Park.PASS, instead of what was said before.
+
+        Without a listener they are parked, and `Parked.probe` tells. Raises BpfError.
+        """
+        self._answered[_slot(slot)] = {pod_maps.port(port): visitors for port, visitors in ports.items()}
+        self._assign(slot, {key: quiet for key, (owner, quiet) in self._owners() if owner == slot})
+
+    def _owners(self) -> list[tuple[bytes, tuple[int, bool]]]:
+        return [(key, pod_maps.owner_of(value)) for key, value in self._ports.items()]
 
     def ports(self, slot: int) -> tuple[frozenset[Port], frozenset[Port]]:
         """What was assigned to the slot, also by an earlier daemon: ports, and quiet ports."""
-        found = [(pod_maps.port_of(key), pod_maps.owner_of(value)) for key, value in self._ports.items()]
+        found = [(pod_maps.port_of(key), owner) for key, owner in self._owners()]
         return (
             frozenset(port for port, owner in found if owner == (slot, False)),
             frozenset(port for port, owner in found if owner == (slot, True)),
@@ -221,13 +255,13 @@ class PodNetwork:
         wanted = {pod_maps.four(flow): pod_maps.flow_value(_slot(slot)) for flow in flows}
         if mode is not Park.PASS:
             self._reconcile("flows", self._flows, wanted, slot)
-        layout, before, changed = POD.unpack(self._get("pod", 0))
+        layout, before, changed, commands = POD.unpack(self._get("pod", 0))
         parking = before - (self.mode(slot) is not Park.PASS) + (mode is not Park.PASS)
         if parking > before:  # the shortcut for running pods is closed first, and opened last
-            self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed))
+            self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed, commands))
         self._maps["modes"].set(U32.pack(slot), U32.pack(mode))
         if parking < before:
-            self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed))
+            self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed, commands))
         if mode is Park.PASS:
             self._reconcile("flows", self._flows, wanted, slot)
 
@@ -268,29 +302,45 @@ class PodNetwork:
 
     def on_parked(self, callback: Callable[[Parked], None]) -> None:
         """Calls `callback` on the running event loop for each packet that is or gets parked, in their order."""
-        self._callback = callback
+        self._on_parked = callback
+        self._read(self._ring)
+
+    def on_watched(self, callback: Callable[[Watched], None]) -> None:
+        """As `on_parked`, for copies of what visitors and the application say to each other."""
+        self._on_watched = callback
+        self._read(self._watched)
+
+    def _read(self, ring: RingBuffer) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._ring.fileno(), self.poll)
+        self._loop.add_reader(ring.fileno(), self.poll)
 
     def poll(self) -> None:
-        """Hands all packets that are parked now to the callback, without waiting for the event loop."""
-        if self._callback is None:
-            return
-        for record in self._ring.read():
-            try:
-                self._callback(pod_maps.parked(record))
-            except Exception:
-                log.exception("a parked packet of %s was lost", self.netns)
+        """Hands all packets that were copied or parked until now to the callbacks, without waiting for the event loop.
+
+        The copies come first: they were made before, as who is parked says nothing more.
+        """
+        if self._on_watched is not None:
+            for record in self._watched.read():
+                try:
+                    self._on_watched(pod_maps.watched(record))
+                except Exception:
+                    log.exception("a packet of %s was not looked at", self.netns)
+        if self._on_parked is not None:
+            for record in self._ring.read():
+                try:
+                    self._on_parked(pod_maps.parked(record))
+                except Exception:
+                    log.exception("a parked packet of %s was lost", self.netns)
 
     def send(self, packets: Sequence[Parked]) -> int:
         """Sends packets again to the links that they came from, in this order. They pass whatever the mode is.
 
         Slots in Park.ALL go to Park.WAKE with it: whoever sends has the sockets back, and the first thing that follows
-        a SYN is the client's ACK, which must reach them.
+        a SYN is the client's ACK, which must reach them. Those for the listener change nothing.
 
         Returns how many were delivered to their link; damaged ones aren't (see `corrupt`), nor those without a link.
         """
-        for slot in {parked.slot for parked in packets}:
+        for slot in {parked.slot for parked in packets if not parked.probe}:
             if self.mode(slot) is Park.ALL:
                 self._maps["modes"].set(U32.pack(slot), U32.pack(Park.WAKE))
         delivered = 0
@@ -322,6 +372,64 @@ class PodNetwork:
     def sockets_stay(self, slot: int) -> None:
         """The slot is in Park.ALL, and the kernel keeps its sockets: TCP packets without news pass (Park.WAKE)."""
         self._maps["modes"].set(U32.pack(_slot(slot)), U32.pack(Park.WAKE))
+
+    # --- visitors, which may be kubelet's probes ---------------------------------------------------------------
+
+    def not_a_probe(self, flow: Flow) -> None:
+        """A watched connection (`Watched.flow`) counts as activity from now on, and isn't copied. Raises BpfError."""
+        self._maps["visits"].delete(pod_maps.four(flow))
+
+    def watch_commands(self, slot: int, on: bool) -> None:
+        """Whether an exec probe is under way in the slot's container: connections over `lo` that are opened meanwhile
+        may be its command's, and don't count as activity. Raises BpfError.
+        """
+        layout, parking, changed, commands = POD.unpack(self._get("pod", 0))
+        commands = commands | 1 << _slot(slot) if on else commands & ~(1 << _slot(slot))
+        self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed, commands))
+
+    def commands(self, slot: int) -> list[Flow]:
+        """Connections over `lo` that were opened while an exec probe was under way; `local` is the server's end.
+
+        Also closed ones. Those that are still open when the command has ended aren't its own: see `not_a_probe`.
+        Raises BpfError.
+        """
+        visits = self._visits()
+        return [flow for flow, (visitor, slots, _) in visits if visitor is Visitor.COMMAND and slots >> slot & 1]
+
+    def listen(self) -> socket.socket:
+        """A listener in the pod, which gets the connections that `answer` names; one at a time.
+
+        IPv6 with IPv4 in it where the pod has IPv6, else IPv4 alone. It doesn't block; whoever closes it has those
+        connections parked. Raises OSError or BpfError.
+        """
+        made = in_network_namespace(self.netns, _make_listener)
+        try:
+            self._maps["listener"].set(U32.pack(0), made.fileno().to_bytes(8, sys.byteorder))
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def accepted(self, connection: socket.socket) -> tuple[Flow, Visitor] | None:
+        """What a connection that the listener accepted was on its way in; None: it came to the listener's own address.
+
+        The flow's port is the one that the visitor asked for: rules in the pod (REDIRECT) may have given the socket
+        another one. Raises OSError or BpfError.
+        """
+        remote = connection.getpeername()[:2]
+        peer = Flow("tcp", connection.getsockname()[:2], remote)
+        # One entry for the wire's address and port, unless it was rewritten.
+        if (value := self._maps["visits"].get(pod_maps.four(peer))) is not None:
+            visitor, _, ours = pod_maps.visit(value)
+            return (peer, visitor) if ours else None
+        same = pod_maps.address(remote[0]), remote[1]
+        for flow, (visitor, _, ours) in self._visits():
+            if ours and (pod_maps.address(flow.remote[0]), flow.remote[1]) == same:
+                return flow, visitor
+        return None
+
+    def _visits(self) -> list[tuple[Flow, tuple[Visitor, int, bool]]]:
+        return [(pod_maps.flow(key), pod_maps.visit(value)) for key, value in self._maps["visits"].items()]
 
     # --- the hook itself ---------------------------------------------------------------------------------------
 
@@ -417,10 +525,11 @@ class PodNetwork:
             netlink.delete_clsact(self._route, index)
 
     def off_parked(self) -> None:
-        """Ends `on_parked`, on the same event loop. Parked packets stay in the ring."""
+        """Ends `on_parked` and `on_watched`, on the same event loop. Parked packets stay in the ring."""
         if self._loop is not None:
-            self._loop.remove_reader(self._ring.fileno())
-            self._loop = self._callback = None
+            for ring in (self._ring, self._watched):
+                self._loop.remove_reader(ring.fileno())
+            self._loop = self._on_parked = self._on_watched = None
 
     def close(self) -> None:
         """Lets go of the hook, which goes on as it is. Can be called twice."""
@@ -484,6 +593,36 @@ def _open_sockets(stack: contextlib.ExitStack, netns: Path) -> tuple[Netlink, Ne
         return in_network_namespace(netns, make)
     except OSError as error:
         raise NetworkError(f"Cannot enter the pod's network namespace {netns}: {error.strerror or error}") from error
+
+
+def _make_listener() -> socket.socket:
+    """Runs in the pod's namespace."""
+    made = _loopback_listener(socket.AF_INET6, "::1") or _loopback_listener(socket.AF_INET, "127.0.0.1")
+    if made is None:
+        raise OSError(errno.EADDRINUSE, "no port of the pod's loopback address is free")
+    return made
+
+
+def _loopback_listener(family: socket.AddressFamily, address: str) -> socket.socket | None:
+    """None: there is no such address, or no free port."""
+    for _ in range(16):
+        made: socket.socket | None = None
+        try:
+            made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            # Its connections have the application's ports, which that one must be able to listen on again.
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            made.bind((address, LISTENER_PORTS.start + secrets.randbelow(len(LISTENER_PORTS))))
+            made.listen(LISTENER_QUEUE)
+            made.setblocking(False)
+            return made
+        except OSError as error:
+            if made is not None:
+                made.close()
+            if error.errno != errno.EADDRINUSE:
+                return None
+    return None
 
 
 def _change_settings() -> int:

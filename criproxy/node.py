@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from criproxy import cgroup, checkpoint, policy, processes
+from criproxy import cgroup, checkpoint, kubelet, policy, processes
 from criproxy.bpf import BpfError
 from criproxy.cgroup import Cgroup
 from criproxy.checkpoint import Criu
@@ -171,7 +171,8 @@ class Node:
         known = {path.stem for path in self._sandbox_folder.glob("*.json")}
         found = list(self._pins.iterdir()) if self._pins.exists() else []
         for pins in found:
-            if pins.name in known or not pins.is_dir():  # the kernel has files of its own there
+            # The kernel has files of its own there.
+            if pins.name in known or pins.name == kubelet.FOLDER or not pins.is_dir():
                 continue
             log.warning("pod sandbox %s: nothing is known of its hook, which is removed", pins.name)
             if pins.name in there:

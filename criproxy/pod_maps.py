@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -17,11 +18,11 @@ from criproxy.sockets import Flow
 
 SLOTS: Final = 16
 """Containers per pod that have a slot."""
-LAYOUT: Final = 2
+LAYOUT: Final = 3
 
 U32: Final = struct.Struct("=I")
-POD: Final = struct.Struct("=III")
-"""Layout, how many slots are parked, bits of the settings that were changed."""
+POD: Final = struct.Struct("=4I")
+"""Layout, how many slots are parked, bits of the settings that were changed, bits of the slots with an exec probe."""
 SLOT: Final = struct.Struct("=8Q")
 OTHERS: Final = struct.Struct("=2Q")
 LINK: Final = struct.Struct("=III")
@@ -31,10 +32,17 @@ _OWNER: Final = struct.Struct("=II")
 _FOUR: Final = struct.Struct("=16s16s2s2sB3x")
 _FLOW: Final = struct.Struct("=6I")
 _TALK: Final = struct.Struct("=2Q")
-_RECORD: Final = struct.Struct("=5IHBBQ")
+_VISIT: Final = struct.Struct("=5I4B")
+_RECORD: Final = struct.Struct("=HBx4IHBBQ")
+_COPY: Final = struct.Struct("=40s4IQ3B5x")
 _QUIET: Final = 1
+_ANSWERED: Final = 0x100
+_OURS: Final = 2
 _STATED, _TIMESTAMPS = 1, 2
 _FIN, _SYN, _RST = 1, 2, 4
+
+ADDRESS_BYTES: Final = 16
+FOUR_BYTES: Final = _FOUR.size
 
 MAPS: Final[dict[str, tuple[int, int]]] = {
     "pod": (4, POD.size),
@@ -46,9 +54,13 @@ MAPS: Final[dict[str, tuple[int, int]]] = {
     "talks": (_FOUR.size, _TALK.size),
     "replay": (4, 4),
     "links": (4, LINK.size),
+    "visits": (_FOUR.size, _VISIT.size),
+    "listener": (4, 8),
 }
 """The maps by name, with the sizes of their keys and values in bytes."""
 RING: Final = "parked"
+WATCHED: Final = "watched"
+"""The ring buffer of the packets that were copied."""
 
 _NUMBERS: Final[dict[sockets.Proto, int]] = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 _NAMES: Final = {number: name for name, number in _NUMBERS.items()}
@@ -65,6 +77,38 @@ class Park(IntEnum):
     """So are TCP of its flows and UDP to its ports; TCP packets that say nothing new are answered or dropped."""
     WAKE = 3
     """As ALL, but TCP packets without news pass: the sockets are there again. `PodNetwork.send()` sets it."""
+
+
+class Visitor(IntEnum):
+    """Whose connections are looked at before they count as activity: they may be probes."""
+
+    KUBELET = 0
+    LOOPBACK = 1
+    """Over `lo`: its first payload has `kube-probe/` in its first 512 bytes, or its client closes it without any."""
+    COMMAND = 2
+    """Over `lo`, opened while an exec probe was under way."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A packet of a visitor's connection, copied on its way to the application or back."""
+
+    slot: int
+    flow: Flow
+    """`local` is the server's end, whichever way the packet went."""
+    visitor: Visitor
+    incoming: bool
+    """From the client."""
+    seq: int
+    syn: bool
+    fin: bool
+    rst: bool
+    payload: bytes
+    """Its first 2048 bytes."""
+    length: int
+    """Of the payload in all. More than `payload` has: too long, or one of more than 16 packets in its direction."""
+    time: float
+    """time.monotonic() when it came by."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +129,15 @@ class Parked:
     """Not 0: several segments, with this many bytes of payload each, in one frame."""
     time: float
     """time.monotonic() when it was parked."""
+    probe: bool = False
+    """The SYN of a connection for the listener (`PodNetwork.answer`), which wasn't there. Sent again once it is, it
+    gets there."""
 
     @property
     def wakes(self) -> bool:
         """Whether somebody waits for the application: a new connection or data. A connection's end doesn't."""
+        if self.probe:
+            return False
         return self.proto == "udp" or self.syn or (self.payload > 0 and not self.rst)
 
     def __str__(self) -> str:
@@ -170,15 +219,21 @@ def owner_of(value: bytes) -> tuple[int, bool]:
     return slot, bool(flags & _QUIET)
 
 
-def owner(slot: int, *, quiet: bool = False) -> bytes:
-    return _OWNER.pack(slot, _QUIET if quiet else 0)
+def answered_of(value: bytes) -> frozenset[Visitor]:
+    """Whose new connections to a port are the listener's."""
+    flags = _OWNER.unpack(value)[1]
+    return frozenset(visitor for visitor in Visitor if flags & (_ANSWERED << visitor))
+
+
+def owner(slot: int, *, quiet: bool = False, answered: Iterable[Visitor] = ()) -> bytes:
+    return _OWNER.pack(slot, (_QUIET if quiet else 0) | sum(_ANSWERED << visitor for visitor in answered))
 
 
 def four(flow: Flow) -> bytes:
     (local, local_port), (remote, remote_port) = flow.local, flow.remote
     return _FOUR.pack(
-        _address(local),
-        _address(remote),
+        address(local),
+        address(remote),
         local_port.to_bytes(2, "big"),
         remote_port.to_bytes(2, "big"),
         _NUMBERS[flow.proto],
@@ -206,8 +261,31 @@ def talk(value: bytes) -> Talk:
     return Talk(received / 1e9, sent / 1e9)
 
 
+def visit(value: bytes) -> tuple[Visitor, int, bool]:
+    """Whose connection it is, the bits of the slots whose command may have opened it, whether the listener has it."""
+    _slot, _flags, commands, _first, _answer, visitor, state, _in, _out = _VISIT.unpack(value)
+    return Visitor(visitor), commands, state == _OURS
+
+
+def watched(record: bytes) -> Watched:
+    key, slot, seq, length, copied, time_ns, visitor, incoming, flags = _COPY.unpack_from(record)
+    return Watched(
+        slot,
+        flow(key),
+        Visitor(visitor),
+        bool(incoming),
+        seq,
+        bool(flags & _SYN),
+        bool(flags & _FIN),
+        bool(flags & _RST),
+        record[_COPY.size : _COPY.size + copied],
+        length,
+        time_ns / 1e9,
+    )
+
+
 def parked(record: bytes) -> Parked:
-    slot, ifindex, length, header, payload, gso_size, proto, flags, time_ns = _RECORD.unpack_from(record)
+    slot, probe, ifindex, length, header, payload, gso_size, proto, flags, time_ns = _RECORD.unpack_from(record)
     frame = record[_RECORD.size : _RECORD.size + length]
     return Parked(
         slot,
@@ -220,10 +298,12 @@ def parked(record: bytes) -> Parked:
         payload,
         gso_size,
         time_ns / 1e9,
+        bool(probe),
     )
 
 
-def _address(text: str) -> bytes:
+def address(text: str) -> bytes:
+    """IPv6 or IPv4-mapped."""
     if ":" in text:
         return socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
     return _MAPPED + socket.inet_pton(socket.AF_INET, text)

@@ -129,7 +129,7 @@ class Daemon:
         places = [self.state_dir / name for name in _PER_POD] + [self.run_dir / "bpf"]
         entries = (entry for place in places if place.is_dir() for entry in place.iterdir())
         # The kernel itself puts two iterators into a bpf file system (CONFIG_BPF_PRELOAD).
-        return sorted(str(entry) for entry in entries if entry.name not in ("maps.debug", "progs.debug"))
+        return sorted(str(entry) for entry in entries if entry.name not in ("maps.debug", "progs.debug", "kubelet"))
 
     def _answers(self) -> bool:
         with grpc.insecure_channel(self.endpoint) as channel:

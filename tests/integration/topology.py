@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from criproxy import kubelet
 from criproxy.bpf import mount_bpffs, unmount_bpffs
 from criproxy.namespaces import in_network_namespace
 
@@ -65,7 +66,7 @@ class Topology:
             },
             **{name: run(f"ip netns exec {self.pod} sysctl -ne {name}", check=False) for name in settings},
             "packet sockets": run(f"ip netns exec {self.pod} cat /proc/net/packet").split("\n", 1)[1],
-            "pins": " ".join(sorted(pin.name for pin in self.bpffs.iterdir())),
+            "pins": " ".join(sorted(pin.name for pin in self.bpffs.iterdir() if pin.name != kubelet.FOLDER)),
         }
 
 
