@@ -121,8 +121,8 @@ def test_pre_stop_by_http_wakes(kubelet: Kubelet, daemon: Daemon) -> None:
         for path in ("/post-start", "/", "/pre-stop"):
             if path != "/post-start":
                 wait_for(daemon, container.id, "scaled_down")
-            eventually(lambda p=path: hook_answered(pod, p), "the hook is answered")  # type: ignore[misc]
-            eventually(lambda p=path: f"GET {p} HTTP" in container.logs(), "nginx has seen it")  # type: ignore[misc]
+            eventually(lambda p=path: hook_answered(pod, p), "the hook is answered")
+            eventually(lambda p=path: f"GET {p} HTTP" in container.logs(), "nginx has seen it")
         container.stop(10)
 
 
