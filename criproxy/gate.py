@@ -5,16 +5,19 @@ The pod's hook (`network.PodNetwork`) is shared by the pod's containers; a gate 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from criproxy import packet
+from criproxy.bpf import BpfError
 from criproxy.network import PodNetwork
-from criproxy.pod_maps import Activity, Park, Parked, Stream
+from criproxy.pod_maps import Activity, Park, Parked, Stream, Watched
 from criproxy.policy import Port
+from criproxy.probes import Probes, Verdict
 from criproxy.sockets import Flow, Socket
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ class Gate:
         self,
         network: PodNetwork,
         slot: int,
+        probes: Probes,
         *,
         declared: frozenset[Port],
         quiet: frozenset[Port] = frozenset(),
@@ -48,6 +52,7 @@ class Gate:
         """
         self._network = network
         self._slot = slot
+        self._probes = probes
         self._declared = declared
         self._quiet = quiet
         self._preserve = preserve
@@ -64,13 +69,19 @@ class Gate:
         self.overflowed = 0
         """Packets that found the parking full. TCP sends them again by itself."""
         self.on_wanted: Callable[[], None] = lambda: None
+        self.on_probing: Callable[[bool], None] = lambda on: None
+        self._probing = False
+        self._visited = 0.0
+        """When a connection that could have been a probe's was known to be none (monotonic seconds)."""
+        self._commands = 0
         self._assign(self._ports | declared - quiet, self._quiet_ports & quiet)
 
     # --- what the hook tells -------------------------------------------------------------------------------
 
     def park(self, parked: Parked) -> None:
         """Takes a packet that the hook parked for this container."""
-        if self._passes:
+        # A probe's connection goes to the listener, which wasn't there when it came.
+        if self._passes or parked.probe:
             # The hook had seen the mode before `open` changed it, and has put the packet into the ring after that.
             self._network.send([parked])
             return
@@ -92,11 +103,31 @@ class Gate:
         if parked.wakes:
             self.on_wanted()
 
+    def watched(self, packet: Watched) -> None:
+        """Takes the copy of a packet of a connection that may be a probe's."""
+        if self._probes.watched(packet) is Verdict.OTHER:
+            self._network.not_a_probe(packet.flow)
+            self._visited = max(self._visited, packet.time)
+        self._probed()
+
     def last_activity(self) -> float:
+        # What the hook has copied says whether it is activity.
+        self._network.poll()
         activity = self._network.activity(self._slot)
-        if activity.others <= activity.own:
-            return activity.own
-        return max(activity.own, self._outgoing(activity))
+        own = max(activity.own, self._visited)
+        return own if activity.others <= own else max(own, self._outgoing(activity))
+
+    @contextlib.contextmanager
+    def command(self) -> Iterator[None]:
+        """A command of kubelet's runs in the container (an exec probe). Connections that it makes are no activity:
+        those that were opened meanwhile and don't outlive it."""
+        self._commands += 1
+        self._watch_commands()
+        try:
+            yield
+        finally:
+            self._commands -= 1
+            self._watch_commands()
 
     # --- what the state machine asks (container.Gate) ------------------------------------------------------
 
@@ -116,6 +147,8 @@ class Gate:
         return None
 
     def unsettled(self) -> str | None:
+        if probe := self._probed():
+            return probe
         for s in self._network.sockets(["tcp"]):
             # A handshake has no inode yet; its port tells whose it is. Looked for first, for it ends in a queue.
             if s.state == "SYN_RECV" and s.port in self._ports | self._quiet_ports:
@@ -138,6 +171,7 @@ class Gate:
 
     def park_new(self) -> None:
         self._passes = False
+        self._network.answer(self._slot, self._probes.ports())
         self._network.park(self._slot, Park.NEW)
 
     def park_all(self) -> None:
@@ -173,6 +207,34 @@ class Gate:
         # Also what another daemon has assigned to the slot.
         self._ports, self._quiet_ports = frozenset(), frozenset()
         self._network.assign(self._slot, ())
+
+    # --- inside: probes ------------------------------------------------------------------------------------
+
+    def _probed(self) -> str | None:
+        """The probe that waits for its answer, in words."""
+        probe = self._probes.under_way()
+        if (probe is not None) is not self._probing:
+            self._probing = not self._probing
+            self.on_probing(self._probing)
+        return probe
+
+    def _watch_commands(self) -> None:
+        try:
+            self._network.watch_commands(self._slot, self._commands > 0)
+            if not self._commands:
+                self._end_commands()
+        except (BpfError, OSError) as error:
+            # The probe has nothing to do with it.
+            log.warning("slot %d: connections of an exec probe can't be told from others: %s", self._slot, error)
+
+    def _end_commands(self) -> None:
+        """Connections that are still open aren't those of a command that has ended."""
+        if flows := self._network.commands(self._slot):
+            open_ones = {s.flow for s in self._network.sockets(["tcp"]) if s.inode}
+            for flow in flows:
+                if Flow(flow.proto, flow.remote, flow.local) in open_ones:
+                    self._network.not_a_probe(flow)
+                    self._visited = time.monotonic()
 
     # --- inside: what is parked ----------------------------------------------------------------------------
 

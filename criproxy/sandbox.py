@@ -17,8 +17,9 @@ from criproxy.config import Config
 from criproxy.container import Container, Record, State
 from criproxy.gate import Gate, NoGate
 from criproxy.network import NetworkError, PodNetwork
-from criproxy.pod_maps import SLOTS, Park, Parked
-from criproxy.policy import Connections, Policy, Tier
+from criproxy.pod_maps import SLOTS, Park, Parked, Watched
+from criproxy.policy import Answers, Connections, Policy, Tier
+from criproxy.probes import Probes
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
 from criproxy.sockets import UnixSocket
 from criproxy.workload import Processes, Workload
@@ -67,6 +68,7 @@ class Sandbox:
             return
         self._network = await asyncio.to_thread(self._hook, Path(self.record.netns))
         self._network.on_parked(self._parked)
+        self._network.on_watched(self._watched)
         self._checks = asyncio.create_task(self._check_always(), name=f"hook of {self.record.id[:13]}")
 
     async def _check_always(self) -> None:
@@ -143,6 +145,12 @@ class Sandbox:
                 member.gate.park(packet)
                 return
 
+    def _watched(self, packet: Watched) -> None:
+        for member in self.containers.values():
+            if member.gate is not None and member.record.slot == packet.slot:
+                member.gate.watched(packet)
+                return
+
     # --- its containers ------------------------------------------------------------------------------------
 
     def add(self, record: Record, folder: Path) -> Member:
@@ -167,9 +175,14 @@ class Sandbox:
             member.disable(f"more than {SLOTS} containers of one pod can't be scaled down")
             return
         workload = self._workload(member, self._network.unix_sockets)
+        member.probes = Probes(member.folder / "probes.json", tls=self.policy.probes is Answers.ANSWER)
+        if record.state is not State.SCALED_DOWN:
+            # What an earlier daemon has saved was true when it last slept.
+            member.probes.forget()
         gate = Gate(
             self._network,
             record.slot,
+            member.probes,
             declared=self.policy.ports.get(record.name, frozenset()),
             quiet=self.policy.quiet_ports,
             preserve=self.policy.connections is Connections.PRESERVE,
@@ -182,7 +195,7 @@ class Sandbox:
             record,
             workload,
             gate,
-            _NoProbes(),
+            member.probes,
             duration=self.policy.duration,
             methods=self._methods(workload, gate),
             cpu_activity=self._config.cpu_activity_percent / 100,
@@ -190,6 +203,7 @@ class Sandbox:
             save=lambda _: member.save(),
         )
         gate.on_wanted = container.packet
+        gate.on_probing = container.probing
         if record.state is State.SCALED_DOWN and record.tier == Tier.CHECKPOINT and isinstance(workload, Workload):
             gate.stand_in(workload.streams())  # the daemon before may have died between checkpoint and this
         member.live(container, workload, gate)
@@ -201,7 +215,7 @@ class Sandbox:
             member.record,
             workload,
             gate,
-            _NoProbes(),
+            Probes(None),
             duration=0,
             methods=self._methods(workload, gate),
             give_up=why,
@@ -246,13 +260,6 @@ class Sandbox:
         return [Checkpoint(workload, gate), Freeze(workload, gate)]
 
 
-class _NoProbes:
-    def failing(self) -> str | None:
-        return None
-
-    def save(self) -> None: ...
-
-
 class Member:
     """A container of a sandbox: its record on disk and, while it runs, its state machine."""
 
@@ -262,6 +269,7 @@ class Member:
         self.container: Container | None = None
         self.workload: Processes | None = None
         self.gate: Gate | None = None
+        self.probes: Probes | None = None
         self._pidfd: int | None = None
         self._ending: asyncio.Task[None] | None = None
 
@@ -290,7 +298,7 @@ class Member:
         except Exception:
             # Whoever removes the container waits for this, and must be able to.
             log.exception("container %s: what follows its end failed", self.record.id)
-        self.container = self.workload = self.gate = self.record.slot = None
+        self.container = self.workload = self.gate = self.probes = self.record.slot = None
         self.note()
 
     async def ended(self) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from criproxy.gate import Gate
-from criproxy.pod_maps import Activity, Park, Parked, Stream, Talk
+from criproxy.pod_maps import Activity, Park, Parked, Stream, Talk, Visitor, Watched
 from criproxy.policy import Port
+from criproxy.probes import Probes
 from criproxy.sockets import Flow, Proto, Socket
 
 HTTP, METRICS, DNS = Port("tcp", 80), Port("tcp", 9100), Port("udp", 53)
@@ -28,6 +29,22 @@ class FakeNetwork:
         self.assigned: tuple[set[Port], set[Port]] = (set(), set())
         self.flows: list[Flow] = []
         self.sent: list[Parked] = []
+        self.answered: Mapping[Port, Collection[Visitor]] = {}
+        self.watching = False
+        self.opened: list[Flow] = []
+        self.counted: list[Flow] = []
+
+    def answer(self, slot: int, ports: Mapping[Port, Collection[Visitor]]) -> None:
+        self.answered = ports
+
+    def watch_commands(self, slot: int, on: bool) -> None:
+        self.watching = on
+
+    def commands(self, slot: int) -> list[Flow]:
+        return self.opened
+
+    def not_a_probe(self, flow: Flow) -> None:
+        self.counted.append(flow)
 
     def sockets(self, protos: Sequence[Proto] = ("tcp", "udp")) -> list[Socket]:
         return [s for s in self.all if s.proto in protos]
@@ -73,6 +90,7 @@ def gate(network: FakeNetwork, **options: Any) -> Gate:
     made = Gate(
         network,  # type: ignore[arg-type]
         0,
+        Probes(None),
         socket_inodes=lambda: {OURS},
         parking_packets=10,
         parking_bytes=10_000,
@@ -218,6 +236,7 @@ def test_an_adopted_slot_keeps_its_ports(network: FakeNetwork) -> None:
     Gate(
         network,  # type: ignore[arg-type]
         0,
+        Probes(None),
         declared=frozenset({DNS}),
         quiet=frozenset({METRICS}),
         socket_inodes=set,
@@ -401,3 +420,59 @@ def test_the_ports_of_one_that_is_gone_are_nobody_s(network: FakeNetwork) -> Non
     network.assigned = {METRICS}, {DNS}
     made.close()
     assert network.assigned == (set(), set())
+
+
+# --- kubelet's probes ----------------------------------------------------------------------------------------------
+
+KUBELETS = Flow("tcp", (POD, 80), (CLIENT, 50000))
+PROBE = b"GET / HTTP/1.1\r\nHost: x\r\nUser-Agent: kube-probe/1.36\r\n\r\n"
+
+
+def copied(payload: bytes = b"", *, incoming: bool = True, seq: int = 1, syn: bool = False) -> Watched:
+    return Watched(
+        0, KUBELETS, Visitor.KUBELET, incoming, seq, syn, False, False, payload, len(payload), time.monotonic()
+    )
+
+
+def test_a_probe_is_no_activity_and_holds_it_up_until_it_is_answered(network: FakeNetwork) -> None:
+    made = gate(network)
+    probing: list[bool] = []
+    made.on_probing = probing.append
+    made.watched(copied(syn=True, seq=0))
+    made.watched(copied(PROBE))
+    assert "probe" in (made.unsettled() or "")
+    made.watched(copied(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", incoming=False))
+    assert made.unsettled() is None
+    assert made.last_activity() == 0.0
+    assert network.counted == []
+    assert probing == [True, False]
+    made.park_new()
+    assert network.answered == {HTTP: {Visitor.KUBELET}}
+
+
+def test_what_only_might_have_been_a_probe_is_activity(network: FakeNetwork) -> None:
+    made = gate(network)
+    made.watched(copied(syn=True, seq=0))
+    assert made.last_activity() == 0.0
+    packet = copied(b"POST /quit HTTP/1.1\r\nHost: x\r\nUser-Agent: kube-lifecycle/1.36\r\n\r\n")
+    made.watched(packet)
+    assert network.counted == [KUBELETS]
+    assert made.last_activity() == packet.time
+
+
+def test_connections_that_outlive_an_exec_probe_are_not_its_command_s(network: FakeNetwork) -> None:
+    made = gate(network)
+    with made.command():
+        with made.command():
+            assert network.watching
+        assert network.watching
+        network.opened = [
+            Flow("tcp", ("127.0.0.1", 80), ("127.0.0.1", 4711)),
+            Flow("tcp", ("127.0.0.1", 80), ("127.0.0.1", 4712)),
+        ]
+        network.all.append(
+            Socket("tcp", "ESTABLISHED", ("127.0.0.1", 4712), ("127.0.0.1", 80), THEIRS, 0, 0, 1, 1),
+        )
+    assert not network.watching
+    assert network.counted == [Flow("tcp", ("127.0.0.1", 80), ("127.0.0.1", 4712))]
+    assert made.last_activity() > 0.0

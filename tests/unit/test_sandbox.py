@@ -27,6 +27,8 @@ class Hook:
 
     def on_parked(self, callback: object) -> None: ...
 
+    def on_watched(self, callback: object) -> None: ...
+
     def problem(self) -> str | None:
         if self.removed:
             self.removed = False
