@@ -28,9 +28,9 @@ def server_name(data: bytes | bytearray) -> bytes | None:
         record = bytes(data[offset : offset + 5])
         if not b"\x16\x03".startswith(record[:2]):
             raise NotTls("it doesn't begin with a handshake")
-        if offset > HELLO_BYTES:
-            raise NotTls(f"its first message is longer than {HELLO_BYTES} bytes")
         size = int.from_bytes(record[3:5], "big")
+        if offset + 5 + size > HELLO_BYTES:
+            raise NotTls(f"its first message is longer than {HELLO_BYTES} bytes")
         if len(record) < 5 or offset + 5 + size > len(data):
             return None
         message += data[offset + 5 : offset + 5 + size]
