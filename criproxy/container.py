@@ -24,7 +24,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from criproxy.policy import Tier
-from criproxy.scaledown import Attempts, Method, Refused, Wanted
+from criproxy.scaledown import Attempts, Lost, Method, Refused, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +192,8 @@ class Container:
         self._changed = asyncio.Condition()
         self._wanted = asyncio.Event()
         self._holders: list[str] = []
+        self._stops = 0
+        """How many of them hold it only to stop it."""
         self._active = time.monotonic()
         self._cpu_sample = (self._active, 0.0)
         self._probing = 0
@@ -271,6 +273,16 @@ class Container:
         if not self._probing:
             self._spent_on_probes += usage - self._probe_began_at
             self._probe_ended.set()
+
+    @contextlib.asynccontextmanager
+    async def stopping(self, why: str) -> AsyncIterator[None]:
+        """As `awake`, for whoever stops it then. If it can't be brought back as it was, it is killed instead."""
+        self._stops += 1
+        try:
+            async with self.awake(why):
+                yield
+        finally:
+            self._stops -= 1
 
     @contextlib.asynccontextmanager
     async def ending(self, why: str) -> AsyncIterator[None]:
@@ -481,6 +493,8 @@ class Container:
             self._active = time.monotonic()
             return False
         except Refused as error:
+            if self._workload.ended():
+                raise
             pause = attempt.failed(str(error), max(BACKOFF_SECONDS[0], self._duration), BACKOFF_SECONDS[1])
             log.warning("%s: %s failed, next try in %.0f s: %s", self, tier, pause, error)
             attempt.refusal = f"{tier} failed, next try in {pause:.0f} s: {error}"
@@ -508,7 +522,11 @@ class Container:
         # A client waits, and the file takes 1 ms: it is written while CRIU works. Should we not live to do it, then
         # processes beside `scaled_down` tell whoever adopts the container the same as `restoring` does.
         await self._enter(State.RESTORING, soon=True)
-        reason = await self._method.up()
+        try:
+            reason = await self._method.up(lambda: self._stops > 0)
+        except Lost as error:
+            log.error("%s: killed, its unsaved state was lost: it is to stop, but %s", self, error)
+            raise
         self._is_up = True
         async with self._changed:
             self._changed.notify_all()

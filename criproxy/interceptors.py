@@ -226,12 +226,17 @@ class Interceptors:
         member = self._node.member(request.container_id)
         if member is None or member.container is None:
             return await self._ended(call, member)
-        if request.timeout <= 0:
-            return await self._killed(call, [member])
+        if request.timeout <= 0 or self._dies_asleep(member):
+            request.timeout = 0
+            return await self._killed(call, [member], request.SerializeToString())
         # Awake first, so that the application gets its stop signal and can save its state in the grace period.
-        async with member.container.awake("StopContainer"):
+        async with member.container.stopping("StopContainer"):
             self._deliver_stop_signal(member)
             return await self._ended(call, member)
+
+    def _dies_asleep(self, member: Member) -> bool:
+        on_stop = self._node.sandboxes[member.record.sandbox_id].policy.on_stop
+        return on_stop is policy.OnStop.KILL and member.record.state is State.SCALED_DOWN
 
     @staticmethod
     def _deliver_stop_signal(member: Member) -> None:
@@ -250,13 +255,13 @@ class Interceptors:
         await self._shielded(self._node.removed_container(request.container_id))
         return response
 
-    async def _killed(self, call: Call, members: Sequence[Member]) -> bytes:
+    async def _killed(self, call: Call, members: Sequence[Member], request: bytes | None = None) -> bytes:
         """The answer of containerd to a call that kills containers, when what follows their exits has been done."""
         async with contextlib.AsyncExitStack() as stack:
             for member in members:
                 if member.container is not None:
                     await stack.enter_async_context(member.container.ending(call.name))
-            response = await call.forward()
+            response = await call.forward(request)
             for member in members:
                 await self._shielded(member.ended())
             return response

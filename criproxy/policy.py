@@ -4,7 +4,7 @@ Keys stand under `criproxy.io/`; those that ctrox/zeropod has work under `zeropo
 the defaults and the value formats of its `api/shim/v1/config.go` (November 2026). Where both are set, ours wins, key
 by key. An empty value is as good as none, as there.
 
-The tables `KEYS`, `IGNORED` and `LATER` are all there is to know about keys: they drive the parser, its errors, and
+The tables `KEYS` and `IGNORED` are all there is to know about keys: they drive the parser, its errors, and
 `python -m criproxy.policy`, which prints them as the Markdown of the README.
 """
 
@@ -84,6 +84,13 @@ class Clock(StrEnum):
     CONTINUE = "continue"
 
 
+class OnStop(StrEnum):
+    """What becomes of a container that is scaled down when it is to stop."""
+
+    RESTORE = "restore"
+    KILL = "kill"
+
+
 @dataclass(frozen=True, order=True)
 class Port:
     proto: Literal["tcp", "udp"]
@@ -114,6 +121,7 @@ class Policy:
     connections: Connections = Connections.PRESERVE
     clock: Clock = Clock.STOP
     probes: Answers = Answers.ANSWER
+    on_stop: OnStop = OnStop.RESTORE
     ignored: tuple[str, ...] = ()
 
     def covers(self, container_name: str) -> bool:
@@ -395,9 +403,19 @@ PROBES = Key(
     "kubelet's probes of a container that is scaled down are answered as the application answered them last. This is "
     "for those whose answers can't be seen (HTTPS): `answer` takes them for good, `wake` lets the application say.",
 )
+ON_STOP = Key(
+    "on-stop",
+    _one_of(*OnStop),
+    False,
+    "`restore`, `kill`",
+    "`restore`",
+    "What becomes of a container that is to stop while it is scaled down. `restore`: it is brought back first and gets "
+    "its stop signal, so that it can save its state in the grace period; if it can't be brought back, it is killed. "
+    "`kill`: it is killed as it is, and what it had only in its memory is lost.",
+)
 KEYS: tuple[Key[Any], ...] = (
     CONTAINER_NAMES, PORTS_MAP, SCALEDOWN_DURATION, DISABLE_CHECKPOINTING, TIER, INIT, LAZY_PAGES, QUIET_PORTS,
-    REQUEST_TIMEOUT, CONNECTIONS, CLOCK, PROBES,
+    REQUEST_TIMEOUT, CONNECTIONS, CLOCK, PROBES, ON_STOP,
 )  # fmt: skip
 
 # zeropod's keys that are accepted and mean nothing here: what each does there, and why it isn't needed or done.
@@ -423,9 +441,6 @@ IGNORED: Mapping[str, tuple[str, str]] = {
     ),
     "connect-timeout": ("How long the proxy waits for the restore (default `5s`).", "There is no proxy to wait."),
 }
-
-# Keys of ours with a planned meaning and nothing yet that acts on them: refused, or a pod would run other than asked.
-LATER = frozenset({"on-stop"})
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------
@@ -463,6 +478,7 @@ def parse(
         connections=Connections(_read(CONNECTIONS, ours, {}) or Connections.PRESERVE),
         clock=Clock(_read(CLOCK, ours, {}) or Clock.STOP),
         probes=Answers(_read(PROBES, ours, {}) or Answers.ANSWER),
+        on_stop=OnStop(_read(ON_STOP, ours, {}) or OnStop.RESTORE),
         ignored=tuple(ZEROPOD + name for name in sorted(theirs) if name not in shared),
     )
 
@@ -471,10 +487,6 @@ def _check_known(name: str) -> None:
     known = [key.name for key in KEYS]
     if name in known:
         return
-    if name in LATER:
-        raise PolicyError(
-            f"{OURS}{name} isn't supported by this version of criproxy: nothing would act on it; remove the annotation"
-        )
     near = difflib.get_close_matches(name.lower().replace("_", "-"), known, 1)
     if near:
         hint = f"did you mean {OURS}{near[0]}?"

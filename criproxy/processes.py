@@ -19,6 +19,9 @@ from typing import Final
 
 PROC: Final = Path("/proc")
 
+# include/linux/sched.h
+_PF_EXITING: Final = 0x4
+
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 # The fields of /proc/PID/status that are compared, in the order in which the kernel writes them.
@@ -48,6 +51,15 @@ class Process:
     def alive(self, proc: Path = PROC) -> bool:
         """Whether it still runs. A zombie doesn't."""
         return alive(self.pid, self.start_time, proc)
+
+    def ending(self, proc: Path = PROC) -> bool:
+        """Whether it is gone, or on its way out: the first process of a PID namespace stays for as long as it takes the
+        kernel to end all others there."""
+        try:
+            fields = _stat(self.pid, proc)
+        except ProcessLookupError:
+            return True
+        return int(fields[19]) != self.start_time or bool(int(fields[6]) & _PF_EXITING)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
@@ -41,6 +41,11 @@ class Wanted(Refused):
     """Somebody wanted the container in the middle of its scale-down, which was given up: no failure."""
 
 
+class Lost(Exception):
+    """The application could only have been started afresh, where it was to be stopped: its container was killed. Why,
+    for people."""
+
+
 class Method(Protocol):
     @property
     def tier(self) -> Tier: ...
@@ -49,8 +54,11 @@ class Method(Protocol):
         """Returns the bytes that are kept on disk. Raises Refused; then the application goes on. If `wanted` is set
         meanwhile it raises Wanted, if that brings the application back sooner."""
 
-    async def up(self) -> str:
-        """Brings the application back, whatever it takes. Returns what a person has to be told (state was lost)."""
+    async def up(self, stops: Callable[[], bool]) -> str:
+        """Brings the application back, whatever it takes. Returns what a person has to be told (state was lost).
+
+        If it is wanted only to be stopped, a fresh start is no use: raises Lost. Raises ProcessLookupError if the
+        container has ended."""
 
     async def ready(self) -> None:
         """Waits until the application that `up()` has brought back can be given its packets."""
@@ -71,6 +79,9 @@ class Method(Protocol):
 
 class Workload(Protocol):
     """What the methods with our init as the container's PID 1 need of it. Paths, pids and CRIU are its business."""
+
+    def ended(self) -> bool:
+        """Whether the container is gone, or about to be."""
 
     async def dump(self, unless: asyncio.Event) -> int:
         """Checkpoints the processes and ends them. Returns the size in bytes. Raises CheckpointError (GivenUp if
@@ -162,7 +173,7 @@ class Restart:
             raise Refused(str(error)) from error
         return 0
 
-    async def up(self) -> str:
+    async def up(self, stops: Callable[[], bool]) -> str:
         await self._start_afresh()
         return ""
 
@@ -207,21 +218,28 @@ class Checkpoint(Restart):
         self._gate.stand_in(self._workload.streams())
         return size
 
-    async def up(self) -> str:
+    async def up(self, stops: Callable[[], bool]) -> str:
         self._afresh = False
         if not self._workload.kept():
-            await self._start_afresh()
-            return "started afresh, its state was lost: there is no complete checkpoint"
+            return await self._do_without("there is no complete checkpoint", stops)
         for attempt in range(1, RESTORE_ATTEMPTS + 1):
             try:
                 # What may be wrong with loading memory later isn't tried twice.
                 await self._workload.restore(lazily=attempt == 1)
                 return ""
             except RestoreError as error:
+                if self._workload.ended():
+                    raise ProcessLookupError("the container has ended") from error
                 log.error("restore failed (attempt %d of %d): %s", attempt, RESTORE_ATTEMPTS, error)
                 failure = str(error)
+        return await self._do_without(f"restore failed: {failure}", stops)
+
+    async def _do_without(self, why: str, stops: Callable[[], bool]) -> str:
+        if stops():
+            await self._workload.kill()
+            raise Lost(why)
         await self._start_afresh()
-        return f"started afresh, its state was lost: restore failed: {failure}"
+        return f"started afresh, its state was lost: {why}"
 
     async def settle(self) -> str:
         """Off the way of the first packet: a restored process that may do more than before doesn't stay."""
@@ -309,7 +327,7 @@ class Freeze:
         self._gate.sockets_stay()
         return 0
 
-    async def up(self) -> str:
+    async def up(self, stops: Callable[[], bool]) -> str:
         self._workload.thaw()
         return ""
 

@@ -53,7 +53,7 @@ class Processes:
         """They are there as soon as the container is."""
 
     def ended(self) -> bool:
-        return not self._init.alive()
+        return self._init.ending()
 
     # --- what they are doing -------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -614,6 +615,30 @@ async def test_a_container_that_is_killed_meanwhile_is_no_error(make: Make, stat
 
 
 @pytest.mark.parametrize("state", [State.CHECKPOINTING, State.RESTORING])
+async def test_what_criu_says_of_a_container_that_was_killed_is_not_told(
+    make: Make, state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    f = make()
+
+    async def killed(*_: object, **__: object) -> int:
+        f.log.append("CRIU fails")
+        f.workload.gone = True
+        raise CheckpointError("killed") if state is State.CHECKPOINTING else RestoreError("killed")
+
+    if state is State.CHECKPOINTING:
+        f.workload.dump = killed  # type: ignore[method-assign]
+    else:
+        f.workload.restore = killed  # type: ignore[method-assign,assignment]
+        await f.until(State.SCALED_DOWN)
+        f.packet()
+    await eventually(lambda: f.workload.gone)
+    await f.container.exited()
+    assert f.log.count("CRIU fails") == 1
+    assert "start_afresh" not in f.log
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("state", [State.CHECKPOINTING, State.RESTORING])
 async def test_an_internal_error_while_it_sleeps_rescues_it(make: Make, state: State) -> None:
     f = make()
 
@@ -954,6 +979,31 @@ async def test_what_is_replaced_can_not_be_restored_by_the_next_daemon(make: Mak
     await asyncio.wait_for(ending.wait(), 5)
     await f.container.close()
     assert f.log[-4:] == ["spoil", "end", "kill", "start_afresh"]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+async def test_what_is_to_stop_and_can_not_be_restored_is_killed(
+    make: Make, complete: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    f.workload.has_images = complete
+    f.workload.restore_errors = [RestoreError("broken image")] * 3
+    stopped: list[bool] = []
+
+    async def stop() -> None:
+        async with f.container.stopping("StopContainer"):
+            stopped.append(f.workload.gone)
+
+    stopping = asyncio.create_task(stop())
+    await eventually(lambda: f.workload.gone)
+    await f.container.exited()
+    await stopping
+    assert stopped == [True]
+    assert "start_afresh" not in f.log
+    (told,) = [r.getMessage() for r in caplog.records if "unsaved state was lost" in r.getMessage()]
+    assert str(f.container) in told
+    assert ("broken image" if complete else "no complete checkpoint") in told
 
 
 async def test_without_a_complete_checkpoint_it_is_started_afresh_at_once(make: Make) -> None:

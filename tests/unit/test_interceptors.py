@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from criproxy import interceptors as interceptors_module
 from criproxy import policy, rewrite
 from criproxy.api import cri_pb2 as cri
 from criproxy.calls import Answer, Call, methods
-from criproxy.container import Record
+from criproxy.container import Record, State
 from criproxy.interceptors import Interceptors
 from criproxy.runtime import CriError, ImageConfig
 
@@ -25,8 +27,23 @@ class Sleeper:
     @contextlib.asynccontextmanager
     async def awake(self, why: str) -> AsyncIterator[None]:
         self.log.append(f"awake for {why}")
+        try:
+            yield
+        finally:
+            self.log.append("let go")
+
+    @contextlib.asynccontextmanager
+    async def stopping(self, why: str) -> AsyncIterator[None]:
+        self.log.append(f"awake to be stopped by {why}")
+        try:
+            yield
+        finally:
+            self.log.append("let go")
+
+    @contextlib.asynccontextmanager
+    async def ending(self, why: str) -> AsyncIterator[None]:
+        self.log.append(f"killed by {why}")
         yield
-        self.log.append("let go")
 
 
 class Workload:
@@ -43,28 +60,73 @@ class Workload:
         self.signals.append((pid, name))
 
 
-async def answer(call: str, request: Any, sleeper: Sleeper, workload: Workload | None = None) -> None:
+async def answer(
+    call: str,
+    request: Any,
+    sleeper: Sleeper,
+    workload: Workload | None = None,
+    *,
+    state: State = State.SCALED_DOWN,
+    response: bytes = b"",
+    **annotations: str,
+) -> tuple[bytes, bytes]:
+    """What containerd is asked, and what the caller is answered, in a pod with these annotations."""
+
     async def ended() -> None:
         sleeper.log.append("ended")
 
-    record = SimpleNamespace(stop_signal="SIGQUIT")
+    record = SimpleNamespace(sandbox_id="pod", stop_signal="SIGQUIT", state=state)
     member = SimpleNamespace(container=sleeper, workload=workload, record=record, ended=ended)
-    node: Any = SimpleNamespace(member=lambda name: member if name == "c1" else None)
+    parsed = policy.parse({f"criproxy.io/{key.replace('_', '-')}": value for key, value in annotations.items()}, "")
+    pod = SimpleNamespace(policy=parsed or policy.Policy(), containers={"c1": member})
+    node: Any = SimpleNamespace(member=lambda name: member if name == "c1" else None, sandboxes={"pod": pod})
     nothing: Any = None
-    interceptors = Interceptors(nothing, node, nothing, nothing, nothing)
+    interceptors = Interceptors(nothing, node, nothing, nothing, nothing, nothing)
+    asked = b""
 
-    async def send(_: bytes) -> Answer:
+    async def send(what: bytes) -> Answer:
+        nonlocal asked
+        asked = what
         sleeper.log.append("containerd")
-        return Answer(b"")
+        return Answer(response)
 
-    await interceptors.by_method()[methods(call)[0]](Call(methods(call)[0], request.SerializeToString(), send))
+    method = methods(call)[0]
+    try:
+        answered = await interceptors.by_method()[method](Call(method, request.SerializeToString(), send))
+        await asyncio.sleep(0)
+        return asked, answered
+    finally:
+        sleeper.log.append("the daemon ends")
+        await interceptors.close()
 
 
-@pytest.mark.parametrize("call", ["ExecSync", "CheckpointContainer"])
-async def test_who_wants_the_application_finds_it_awake(call: str) -> None:
+async def test_who_wants_the_application_finds_it_awake() -> None:
     sleeper = Sleeper()
-    await answer(call, getattr(cri, f"{call}Request")(container_id="c1"), sleeper)
-    assert sleeper.log == [f"awake for {call}", "containerd", "let go"]
+    await answer("ExecSync", cri.ExecSyncRequest(container_id="c1"), sleeper)
+    assert sleeper.log == ["awake for ExecSync", "containerd", "let go", "the daemon ends"]
+
+
+@pytest.mark.parametrize("call", ["Exec", "Attach", "PortForward"])
+async def test_who_streams_holds_it_awake_after_the_answer(call: str) -> None:
+    sleeper = Sleeper()
+    url = cri.AttachResponse(url="http://127.0.0.1:1/token").SerializeToString()
+    request: Any = cri.PortForwardRequest(pod_sandbox_id="pod")
+    if call != "PortForward":
+        request = getattr(cri, f"{call}Request")(container_id="c1")
+    _, answered = await answer(call, request, sleeper, response=url)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d{2,5}/token", cri.AttachResponse.FromString(answered).url)
+    assert sleeper.log == [f"awake for {call}", "containerd", "the daemon ends", "let go"]
+
+
+@pytest.mark.parametrize("call", ["Exec", "Attach", "PortForward"])
+async def test_streams_of_others_are_containerd_s_own(call: str) -> None:
+    sleeper = Sleeper()
+    url = cri.AttachResponse(url="http://127.0.0.1:1/token").SerializeToString()
+    request: Any = cri.PortForwardRequest(pod_sandbox_id="other")
+    if call != "PortForward":
+        request = getattr(cri, f"{call}Request")(container_id="other")
+    assert (await answer(call, request, sleeper, response=url))[1] == url
+    assert sleeper.log == ["containerd", "the daemon ends"]
 
 
 @pytest.mark.parametrize("application", [7, None])
@@ -72,8 +134,19 @@ async def test_the_stop_signal_that_the_init_can_not_deliver_comes_from_us(appli
     sleeper, workload = Sleeper(), Workload(application)
     await answer("StopContainer", cri.StopContainerRequest(container_id="c1", timeout=5), sleeper, workload)
     # The application may have ended before: that is no reason not to tell containerd.
-    assert sleeper.log == ["awake for StopContainer", "containerd", "ended", "let go"]
+    assert sleeper.log[:-1] == ["awake to be stopped by StopContainer", "containerd", "ended", "let go"]
     assert workload.signals == ([] if application is None else [(7, "SIGQUIT")])
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING])
+async def test_only_one_that_sleeps_is_killed_instead_of_stopped_and_only_if_its_pod_says_so(state: State) -> None:
+    request = cri.StopContainerRequest(container_id="c1", timeout=5)
+    for on_stop in ("kill", "restore"):
+        sleeper = Sleeper()
+        asked, _ = await answer("StopContainer", request, sleeper, Workload(None), state=state, on_stop=on_stop)
+        killed = on_stop == "kill" and state is State.SCALED_DOWN
+        assert sleeper.log[0] == ("killed by StopContainer" if killed else "awake to be stopped by StopContainer")
+        assert cri.StopContainerRequest.FromString(asked).timeout == (0 if killed else 5)
 
 
 async def create(
@@ -112,7 +185,7 @@ async def create(
     runtime: Any = SimpleNamespace(info=info, image_status=image_status, remove_container=remove_container)
     bundle: Any = SimpleNamespace(path="/bundle")
     nothing: Any = None
-    interceptors = Interceptors(nothing, node, runtime, bundle, nothing)
+    interceptors = Interceptors(nothing, node, runtime, bundle, nothing, nothing)
     request = cri.CreateContainerRequest(pod_sandbox_id="pod")
     request.config.metadata.name = "app"
     request.config.stop_signal = stop_signal

@@ -7,7 +7,6 @@ import pytest
 from criproxy.policy import (
     IGNORED,
     KEYS,
-    LATER,
     BadValue,
     Init,
     Policy,
@@ -133,10 +132,6 @@ class TestUnknownKeys:
 
     def test_a_key_that_only_zeropod_has(self) -> None:
         assert "zeropod.ctrox.dev/pre-dump has no counterpart" in refusal({"criproxy.io/pre-dump": "true"})
-
-    @pytest.mark.parametrize("key", sorted(LATER))
-    def test_a_key_that_nothing_acts_on_yet_isnt_accepted_silently(self, key: str) -> None:
-        assert f"criproxy.io/{key} isn't supported by this version" in refusal({f"criproxy.io/{key}": "x"})
 
 
 class TestDuration:
@@ -334,6 +329,9 @@ class TestTraffic:
         assert found.quiet_ports == {Port("tcp", 9100), Port("udp", 9102)}
         assert (found.request_timeout, found.connections) == (90.0, "close")
 
+    def test_on_stop(self) -> None:
+        assert (policy(tier="auto").on_stop, policy(on_stop="kill").on_stop) == ("restore", "kill")
+
     @pytest.mark.parametrize(
         ("key", "value", "message"),
         [
@@ -341,6 +339,7 @@ class TestTraffic:
             ("quiet-ports", "web=9100", 'such as "9100,9102"'),
             ("request-timeout", "-1s", "is negative"),
             ("connections", "closed", 'did you mean "close"'),
+            ("on-stop", "stop", "is none of restore, kill"),
         ],
     )
     def test_refused(self, key: str, value: str, message: str) -> None:

@@ -140,8 +140,10 @@ def test_a_number_that_was_given_to_another_process(proc: Path) -> None:
 def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:
     seen = Process.of(child.pid)
     assert seen.alive()
+    assert not seen.ending()
     child.kill()
     until(lambda: not seen.alive())
+    assert seen.ending()
     assert processes.exists(child.pid)
     child.wait()
     assert not processes.exists(child.pid)
