@@ -1,22 +1,27 @@
 # Each target installs what is missing by itself (root, Debian 12 or 13), and nothing a second time.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration bench soak up down clean
+.PHONY: help setup demo demo-wordpress test lint unit integration bench soak up down clean
 
 PYTHON := .venv/bin/python
 # What pytest is told: make test PYTEST='-k redis -x'
 PYTEST :=
 # And the soak: make soak SOAK='--cycles 5000 --applications redis,nginx'
 SOAK :=
+# Only these install WordPress, which not every demo needs.
+PACKAGES := lab/debian-packages.txt $(if $(filter setup demo-wordpress test integration up,$(MAKECMDGOALS)),lab/wordpress-packages.txt)
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing (the others do it too)
-	@lab/setup.sh
+	@lab/setup.sh $(PACKAGES)
 
 demo: setup ## Watch redis and nginx scale to zero and wake: private containerd, real packets, about a minute
 	@$(PYTHON) -m lab.demo
+
+demo-wordpress: setup ## Watch WordPress and its database scale to zero, probes going on, and wake together: three minutes
+	@$(PYTHON) -m lab.wordpress
 
 test: lint unit integration ## Everything that must pass: lint, unit and integration tests
 

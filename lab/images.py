@@ -274,26 +274,34 @@ Listen 80
 User www-data
 Group www-data
 {modules}
-# A few processes, as the official php image has them.
-StartServers 3
-MinSpareServers 2
-MaxSpareServers 5
-KeepAliveTimeout 3600
-MaxKeepAliveRequests 0
+{more}
 ErrorLog /dev/stderr
 LogFormat "%h %l %u %t \\"%r\\" %>s %b" common
 CustomLog /dev/stdout common
 TypesConfig /etc/mime.types
 DirectoryIndex index.php index.html
-DocumentRoot /var/www
+DocumentRoot {root}
 <FilesMatch \\.php$>
     SetHandler application/x-httpd-php
 </FilesMatch>
 """
+_FEW_PROCESSES = """\
+StartServers 3
+MinSpareServers 2
+MaxSpareServers 5
+KeepAliveTimeout 3600
+MaxKeepAliveRequests 0"""
 
 
 def _apache() -> list[Layer]:
-    """Apache with PHP in its processes, as the official image has it."""
+    layer = _apache_and_php("/var/www", _FEW_PROCESSES)
+    layer.text("/var/www/index.html", "apache in the lab\n")
+    layer.text("/var/www/index.php", "<?php echo 'php in the lab: ', PHP_SAPI, \"\\n\";")
+    return [_base(), layer]
+
+
+def _apache_and_php(root: str, more: str) -> Layer:
+    """Apache with PHP in its processes, as the official image has it. `more` is added to its configuration."""
     layer = Layer()
     layer.program(Path("/usr/sbin/apache2"))
     modules = {f"{name}_module": f"mod_{name}" for name in ("mpm_prefork", "authz_core", "dir", "mime")}
@@ -301,11 +309,44 @@ def _apache() -> list[Layer]:
     for file in modules.values():
         layer.program(Path(f"/usr/lib/apache2/modules/{file}.so"))
     loaded = "\n".join(f"LoadModule {name} /usr/lib/apache2/modules/{file}.so" for name, file in modules.items())
-    layer.text("/etc/apache2/apache2.conf", _APACHE_CONF.format(modules=loaded))
-    layer.text("/etc/mime.types", "text/html html\ntext/plain txt\n")
-    layer.text("/var/www/index.html", "apache in the lab\n")
-    layer.text("/var/www/index.php", "<?php echo 'php in the lab: ', PHP_SAPI, \"\\n\";")
-    return [_base(), layer]
+    layer.text("/etc/apache2/apache2.conf", _APACHE_CONF.format(modules=loaded, root=root, more=more))
+    layer.text("/etc/mime.types", "text/html html\ntext/plain txt\ntext/css css\nimage/gif gif\n")
+    return layer
+
+
+_WORDPRESS = Path("/usr/share/wordpress")
+_WORDPRESS_MODULES = ("mysqlnd", "mysqli", "ctype", "exif", "fileinfo", "iconv", "tokenizer")
+# The names are those of the official image's environment. No page may ask anything of anybody else.
+_WORDPRESS_CONFIG = """\
+<?php
+define('DB_HOST', getenv('WORDPRESS_DB_HOST'));
+define('DB_USER', getenv('WORDPRESS_DB_USER'));
+define('DB_PASSWORD', getenv('WORDPRESS_DB_PASSWORD'));
+define('DB_NAME', getenv('WORDPRESS_DB_NAME'));
+define('WP_CONTENT_DIR', '/usr/share/wordpress/wp-content');
+define('WP_HTTP_BLOCK_EXTERNAL', true);
+"""
+
+
+def _wordpress() -> list[Layer]:
+    """Debian's package on Apache and PHP, with the usual number of processes and the opcode cache."""
+    server = _apache_and_php(str(_WORDPRESS), "")
+    modules = _newest("/usr/lib/php/*/opcache.so").parent
+    for name in ("opcache", *_WORDPRESS_MODULES):
+        server.program(modules / f"{name}.so")
+    extensions = "".join(f"extension={name}\n" for name in _WORDPRESS_MODULES)
+    # Where Debian's build looks: /etc/php/8.2/apache2/php.ini.
+    version = _newest("/etc/php/*/apache2").parent.name
+    server.text(f"/etc/php/{version}/apache2/php.ini", f"zend_extension=opcache\n{extensions}")
+    # Debian's PHP has no time zones of its own, and crashes without these.
+    server.tree(Path("/usr/share/zoneinfo"))
+    site = Layer()
+    site.text("/etc/wordpress/config-default.php", _WORDPRESS_CONFIG)
+    site.tree(_WORDPRESS)
+    # Links lead there.
+    for library in ("javascript", "php"):
+        site.tree(_WORDPRESS.with_name(library))
+    return [_base(), server, site]
 
 
 def _memcached() -> list[Layer]:
@@ -375,6 +416,7 @@ def _mariadb() -> list[Layer]:
 
     layer = Layer()
     layer.program(program)
+    layer.program(Path("/usr/bin/mariadb"))
     layer.tree(share / "charsets")
     layer.tree(share / "english")
     layer.directory("/run/mysqld", owner=101)
@@ -441,6 +483,14 @@ RECIPES: dict[str, Recipe] = {
         entrypoint=["apache2"],
         command=["-d", "/etc/apache2", "-f", "apache2.conf", "-D", "FOREGROUND"],
         directory="/var/www",
+        stop_signal="SIGWINCH",
+        ports=["80/tcp"],
+    ),
+    "wordpress": Recipe(
+        _wordpress,
+        entrypoint=["apache2"],
+        command=["-d", "/etc/apache2", "-f", "apache2.conf", "-D", "FOREGROUND"],
+        directory=str(_WORDPRESS),
         stop_signal="SIGWINCH",
         ports=["80/tcp"],
     ),

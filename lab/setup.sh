@@ -1,12 +1,17 @@
 #!/bin/bash
 # Installs what this checkout needs and this machine lacks, and says what it does; a second run changes nothing.
 #
-# - Debian packages (lab/debian-packages.txt). Services that come with them are neither started nor enabled.
+#     lab/setup.sh [LIST...]
+#
+# - Debian packages: those in the lists, or in all (lab/*-packages.txt). Services that come with them are neither
+#   started nor enabled.
 # - .venv, from Debian's own Python whichever comes first in PATH, with criproxy installed to be edited.
 # - .build/criu: Debian 13's CRIU, unpacked, on a Debian 12.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .build
+lists=("$@")
+[ $# != 0 ] || lists=(lab/*-packages.txt)
 log=$PWD/.build/setup.log
 
 say() { echo "set-up: $*"; }
@@ -29,7 +34,7 @@ missing_packages() {
         read -r package since <<<"${line%%#*}"
         if [ -z "$package" ] || [ "${VERSION_ID:-99}" -lt "${since:-0}" ]; then continue; fi
         installed "${package%|*}" || installed "${package#*|}" || echo "${package%|*}"
-    done <lab/debian-packages.txt
+    done < <(cat "${lists[@]}")
 }
 
 # Debian asks this program before it starts, stops or restarts any service.
