@@ -23,6 +23,8 @@ PATH: Final = "/grpc.health.v1.Health/Check"
 
 _HEADER: Final = 9
 _FRAME_BYTES: Final = 16 << 10
+_FRAMES: Final = 256
+"""What takes more of them isn't listened to any more: a container could keep us busy with it."""
 _TABLE_BYTES: Final = 64 << 10
 """What a peer may have allowed the other to remember; we may not have heard it."""
 _SERVING: Final = health.HealthCheckResponse.SERVING
@@ -49,6 +51,7 @@ class Frames:
     def __init__(self) -> None:
         self._decoder = Decoder()
         self._decoder.max_allowed_table_size = _TABLE_BYTES
+        self._frames = 0
         self._unfinished: HeadersFrame | None = None
         self._block = b""
 
@@ -63,6 +66,9 @@ class Frames:
                     raise NotUnderstood(f"a frame is longer than {_FRAME_BYTES} bytes")
                 if offset + _HEADER + size > len(data):
                     break
+                self._frames += 1
+                if self._frames > _FRAMES:
+                    raise NotUnderstood(f"it has more than {_FRAMES} frames")
                 offset += _HEADER
                 frame.parse_body(memoryview(bytes(data[offset : offset + size])))
                 offset += size

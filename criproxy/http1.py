@@ -13,6 +13,10 @@ HEAD_BYTES: Final = 16 << 10
 """The longest head, of a request or an answer, that is read."""
 ANSWER_BYTES: Final = 16 << 10
 """The longest answer that is kept whole; kubelet reads 10 KiB of a probe's body at most (pkg/probe/http)."""
+_HEADERS: Final = 128
+_INTERIM: Final = 8
+_CHUNKS: Final = 64
+"""What takes more lines, `1xx` messages or chunks than that isn't looked at: a container could keep us busy with it."""
 
 _METHOD: Final = re.compile(rb"[A-Z]{3,20} ")
 _METHOD_SO_FAR: Final = re.compile(rb"[A-Z]{0,20}\Z")
@@ -76,7 +80,7 @@ def answer(data: bytes | bytearray, total: int, *, stuck: bool, ended: bool) -> 
     """
     offset = 0
     cut = stuck and total > len(data)
-    while True:
+    for _ in range(_INTERIM):
         if not b"HTTP/1.".startswith(bytes(data[offset : offset + 7])):
             raise NotHttp("an answer doesn't begin with HTTP/1")
         if (found := _head(data, offset, cut)) is None:
@@ -88,6 +92,8 @@ def answer(data: bytes | bytearray, total: int, *, stuck: bool, ended: bool) -> 
         if status == 101 or status >= 200:
             break
         offset = begin  # more is to come
+    else:
+        raise NotHttp("it has too many messages before its answer")
     size = None if begin > len(data) else _end(data, begin, status, dict(headers), total, ended)
     whole = size is not None and size <= len(data) and size - offset <= ANSWER_BYTES
     left_out = _OF_THE_CONNECTION if whole else _OF_THE_CONNECTION | _OF_THE_BODY
@@ -112,6 +118,8 @@ def _head(data: bytes | bytearray, begin: int, cut: bool) -> tuple[str, tuple[tu
         return None
     first, *lines = data[begin:end].decode("latin-1").split("\r\n")
     headers = []
+    if len(lines) > _HEADERS:
+        raise NotHttp(f"its head has more than {_HEADERS} lines")
     for line in lines:
         name, colon, value = line.partition(":")
         # A header may not be continued on another line any more (RFC 9112, 5.2), and no probe's is.
@@ -138,7 +146,9 @@ def _end(
 
 
 def _end_of_chunks(data: bytes | bytearray, offset: int) -> int | None:
-    while match := _CHUNK.match(data, offset):
+    for _ in range(_CHUNKS):
+        if not (match := _CHUNK.match(data, offset)):
+            break
         offset = match.end()
         if length := int(match[1], 16):
             offset += length + 2

@@ -32,7 +32,9 @@ PROBES: Final = 64
 CONVERSATIONS: Final = 32
 """Connections that are followed at once."""
 BEGINNINGS: Final = 64
-"""Connections that are looked at per second: the container may make some itself, and our time isn't its to spend."""
+BEGINNINGS_PER_SECOND: Final = 16.0
+"""Connections that are looked at, at once and in the long run: a container may make some to itself, and our time isn't
+its to spend."""
 UNDER_WAY_SECONDS: Final = 10.0
 """How long after its last packet a probe without an answer is taken for one that is still under way."""
 FAILURE_SECONDS: Final = 600.0
@@ -190,7 +192,7 @@ class Probes:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _may_begin(self, now: float) -> bool:
-        self._beginnings = min(BEGINNINGS, self._beginnings + max(0.0, now - self._began_at) * BEGINNINGS)
+        self._beginnings = min(BEGINNINGS, self._beginnings + max(0.0, now - self._began_at) * BEGINNINGS_PER_SECOND)
         self._began_at = max(self._began_at, now)
         if self._beginnings < 1:
             return False

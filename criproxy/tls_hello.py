@@ -9,6 +9,8 @@ from typing import Final
 
 HELLO_BYTES: Final = 16 << 10
 """The longest that is read. Post-quantum key shares make 2 KiB of it."""
+_RECORDS: Final = 64
+"""No more are looked at: a container could keep us busy with empty ones."""
 HANDSHAKE: Final = 22
 APPLICATION_DATA: Final = 23
 _CLIENT_HELLO: Final = 1
@@ -24,7 +26,7 @@ def server_name(data: bytes | bytearray) -> bytes | None:
     message = bytearray()
     offset = 0
     # A message may be spread over several records.
-    while len(message) < 4 or len(message) < 4 + int.from_bytes(message[1:4], "big"):
+    for _ in range(_RECORDS):
         record = bytes(data[offset : offset + 5])
         if not b"\x16\x03".startswith(record[:2]):
             raise NotTls("it doesn't begin with a handshake")
@@ -37,6 +39,10 @@ def server_name(data: bytes | bytearray) -> bytes | None:
         offset += 5 + size
         if not size or message[0] != _CLIENT_HELLO:
             raise NotTls("its first message isn't a client's")
+        if len(message) >= 4 and len(message) >= 4 + int.from_bytes(message[1:4], "big"):
+            break
+    else:
+        raise NotTls(f"its first message is spread over more than {_RECORDS} records")
     body = _Reader(bytes(message[4 : 4 + int.from_bytes(message[1:4], "big")]))
     body.take(2 + 32)  # version, random
     body.vector(1)  # session
@@ -54,10 +60,10 @@ def server_name(data: bytes | bytearray) -> bytes | None:
 
 
 def records(data: bytes | bytearray) -> list[int]:
-    """The types of the records that begin in `data`."""
-    found = []
+    """The types of the first records that begin in `data`."""
+    found: list[int] = []
     offset = 0
-    while offset + 5 <= len(data):
+    while offset + 5 <= len(data) and len(found) < _RECORDS:
         found.append(data[offset])
         offset += 5 + int.from_bytes(data[offset + 3 : offset + 5], "big")
     return found

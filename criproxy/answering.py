@@ -1,0 +1,491 @@
+"""Answers kubelet's probes of containers that are scaled down, on a listener inside their pod.
+
+The hook hands it the new connections of visitors that probe (`PodNetwork.answer`), as if they had been made to it. What
+is a known probe gets the answer that the application gave last. Whatever else it is, the container is woken for it, and
+the connection is relayed to the application. Until that is decided, nothing is taken out of the connection's socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import ConnectionTerminated, DataReceived, Event, RequestReceived, StreamEnded, StreamReset
+from h2.exceptions import ProtocolError
+
+from criproxy import certificate, grpc_health, http1
+from criproxy.conversation import Conversation, Kind, Probe, Verdict, http_probe, opening
+from criproxy.pod_maps import Visitor, Watched
+from criproxy.policy import Port
+from criproxy.probes import Probes
+from criproxy.sockets import Address, Flow
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS: Final = 64
+"""Of a pod, at once. More are reset."""
+FIRST_SECONDS: Final = 5.0
+"""How long a client may think about its first words. After that it is taken for one that waits for the server's."""
+CONNECT_SECONDS: Final = 75.0
+"""How long the application may take to accept: one that has to be started afresh is given a minute."""
+CLOSE_SECONDS: Final = 2.0
+"""How long a client may take to close a connection that has its answer."""
+
+_CHUNK: Final = 64 << 10
+_OPENING_BYTES: Final = 32 << 10
+_ORIGINAL_DESTINATION: Final = 80
+"""SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST, of linux/netfilter_ipv{4,6}."""
+_SOCKADDR_IN: Final = struct.Struct("!2xH4s8x")
+_SOCKADDR_IN6: Final = struct.Struct("!2xH4x16s4x")
+_LINGER_NOT: Final = struct.pack("ii", 1, 0)
+_TLS_ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Answerer(Protocol):
+    """A container, as far as its probes are concerned."""
+
+    @property
+    def probes(self) -> Probes: ...
+
+    def is_down(self) -> bool:
+        """Its application can't be asked now."""
+
+    def awake(self, why: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """Brings it back, and keeps it up within the context."""
+
+
+class Answering:
+    """The accept loop of one pod's listener, on the running event loop."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        container_of: Callable[[Port], Answerer | None],
+        visitor_of: Callable[[Flow], Visitor | None],
+        open_socket: Callable[[int], socket.socket],
+        relayed: Callable[[Flow], None] = lambda flow: None,
+    ) -> None:
+        """`listener`: non-blocking; `close` closes it. `container_of`: whose port it is. `visitor_of`: who has made a
+        connection (`local` is the pod's end), None for somebody who has no business here. `open_socket`: makes a TCP
+        socket of an address family inside the pod. `relayed`: told of each connection of ours to an application, before
+        anything is sent on it: it is no probe.
+        """
+        self._listener = listener
+        self._container_of = container_of
+        self._visitor_of = visitor_of
+        self._open_socket = open_socket
+        self._relayed = relayed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(listener.fileno(), self._accept)
+
+    async def close(self) -> None:
+        """Resets what is left. Can be called twice."""
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self) -> None:
+        for _ in range(CONNECTIONS):
+            try:
+                client, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("a connection can't be accepted in place of an application: %s", error.strerror)
+                return
+            client.setblocking(False)
+            if len(self._tasks) >= CONNECTIONS:
+                _reset(client)
+                continue
+            task = self._loop.create_task(self._serve(client))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, client: socket.socket) -> None:
+        """A connection, up to its end. Whatever goes wrong, it isn't left hanging."""
+        try:
+            visit = self._visit(client)
+            if visit is not None:
+                await visit.receive()
+                client.close()
+        except* (OSError, EOFError, ProtocolError) as errors:
+            log.info("a connection made to a sleeping application ended early: %s", errors.exceptions[0])
+        except* Exception:
+            log.exception("internal error while a probe was answered")
+        finally:
+            if client.fileno() >= 0:
+                _reset(client)
+
+    def _visit(self, client: socket.socket) -> _Visit | None:
+        remote = _plain(client.getpeername())
+        for local in _dialled(client):
+            answerer = self._container_of(Port("tcp", local[1]))
+            visitor = self._visitor_of(Flow("tcp", local, remote))
+            if answerer is not None and visitor is not None:
+                return _Visit(client, Flow("tcp", local, remote), visitor, answerer, self._open_socket, self._relayed)
+        return None
+
+
+class _Visit:
+    """One connection."""
+
+    def __init__(
+        self,
+        client: socket.socket,
+        flow: Flow,
+        visitor: Visitor,
+        answerer: Answerer,
+        open_socket: Callable[[int], socket.socket],
+        relayed: Callable[[Flow], None],
+    ) -> None:
+        self._client = client
+        self._flow = flow
+        self._visitor = visitor
+        self._answerer = answerer
+        self._open_socket = open_socket
+        self._relayed = relayed
+        self._loop = asyncio.get_running_loop()
+
+    async def receive(self) -> None:
+        wants = await self._opening()
+        if isinstance(wants, Probe):
+            if wants.kind is Kind.TCP:
+                await self._connected_and_closed(wants)
+                return
+            if self._answerer.is_down() and await self._answer(wants):
+                return
+        await self._relay(_Plain(self._client), wants)
+
+    async def _opening(self) -> Probe | Verdict:
+        """What the client wants, by the bytes that are in its socket, and stay there."""
+        data = b""
+        wants: Probe | Verdict = Verdict.UNDECIDED
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_SECONDS):
+                while wants is Verdict.UNDECIDED:
+                    more = await self._peek(len(data) + 1)
+                    ended = len(more) == len(data)
+                    data = more
+                    wants = opening(data, ended, self._flow.port, self._visitor)
+        self._client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        return wants
+
+    async def _peek(self, size: int) -> bytes:
+        """What is there, when it is `size` bytes or the client has ended."""
+        self._client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        readable = asyncio.Event()
+        self._loop.add_reader(self._client.fileno(), readable.set)
+        try:
+            await readable.wait()
+        finally:
+            self._loop.remove_reader(self._client.fileno())
+        try:
+            return self._client.recv(_OPENING_BYTES, socket.MSG_PEEK)
+        except ConnectionResetError:
+            if size > 1:
+                raise
+            return b""  # connected and closed, in the rude way
+
+    # --- a known probe -----------------------------------------------------------------------------------------
+
+    async def _connected_and_closed(self, probe: Probe) -> None:
+        """The client is gone, and the kernel has accepted it: that is all the answer that it wants."""
+        if self._answerer.is_down() and self._answerer.probes.known(probe) is None:
+            async with self._answerer.awake(str(probe)):
+                pass
+
+    async def _answer(self, probe: Probe) -> bool:
+        """Gives the application's last answer; False: there is none, and the client has been told nothing."""
+        if probe.kind is Kind.GRPC:
+            await self._answer_grpc()
+            return True
+        known = self._answerer.probes.known(probe)
+        if known is None:
+            return False
+        if probe.kind is Kind.TLS:
+            await self._answer_tls(probe)
+            return True
+        if known.again is None:
+            return False
+        # Closed with something unread in it, a socket would reset the connection, and the answer might be lost.
+        await self._loop.sock_recv(self._client, _OPENING_BYTES)
+        await self._last_words(known.again)
+        return True
+
+    async def _last_words(self, data: bytes) -> None:
+        await self._loop.sock_sendall(self._client, data)
+        self._client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                while await self._loop.sock_recv(self._client, _CHUNK):
+                    pass
+
+    async def _answer_grpc(self) -> None:
+        """What is asked isn't known before the server's first words. If it is no known probe, the container is woken,
+        and HTTP/2 has a way to say "nothing was done, ask again on a new connection" (RFC 9113, 6.8)."""
+        http2 = H2Connection(H2Configuration(client_side=False))
+        http2.initiate_connection()
+        calls: dict[int, bytes] = {}
+        answered = 0
+        while True:
+            await self._loop.sock_sendall(self._client, http2.data_to_send())
+            data = b""
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_SECONDS):
+                    data = await self._loop.sock_recv(self._client, _CHUNK)
+            if not data:
+                http2.close_connection(last_stream_id=answered)
+                await self._last_words(http2.data_to_send())
+                return
+            for event in http2.receive_data(data):
+                if isinstance(event, ConnectionTerminated):
+                    return
+                if isinstance(event, StreamReset):
+                    calls.pop(event.stream_id, None)
+                elif asked := self._grpc_call(event, calls):
+                    stream, service = asked
+                    if service is None or not self._is_known(service):
+                        async with self._answerer.awake(f"a gRPC call on {self._flow.port}"):
+                            http2.close_connection(last_stream_id=answered)
+                            await self._last_words(http2.data_to_send())
+                        return
+                    headers = [(":status", "200"), ("content-type", "application/grpc")]
+                    http2.send_headers(stream, headers)
+                    http2.send_data(stream, grpc_health.serving())
+                    http2.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+                    answered = stream
+
+    def _grpc_call(self, event: Event, calls: dict[int, bytes]) -> tuple[int, str | None] | None:
+        """A call that is complete, or is no health check: its stream and the service that it asks for."""
+        if isinstance(event, RequestReceived):
+            if (b":path", grpc_health.PATH.encode()) not in event.headers:
+                return event.stream_id, None
+            calls[event.stream_id] = b""
+        elif isinstance(event, DataReceived):
+            if event.stream_id in calls:
+                calls[event.stream_id] += event.data
+        elif isinstance(event, StreamEnded) and event.stream_id in calls:
+            try:
+                return event.stream_id, grpc_health.service(calls.pop(event.stream_id))
+            except grpc_health.NotUnderstood:
+                return event.stream_id, None
+        return None
+
+    def _is_known(self, service: str) -> bool:
+        probe = Probe(self._flow.port, self._visitor, Kind.GRPC, service)
+        return self._answerer.is_down() and self._answerer.probes.known(probe) is not None
+
+    async def _answer_tls(self, probe: Probe) -> None:
+        """A hook of kubelet's can be told from a probe only within the handshake that it gets from us."""
+        client = await _Secure.accept(self._client)
+        try:
+            async with asyncio.timeout(FIRST_SECONDS):
+                head = await client.reader.readuntil(b"\r\n\r\n")
+            request = http1.request(head)
+            known = request is not None and http_probe(request, self._flow.port, self._visitor) is not None
+            if known and self._answerer.is_down():
+                await client.write(_TLS_ANSWER)
+            else:
+                await self._relay(client, Verdict.OTHER, head)
+        except (http1.NotHttp, asyncio.LimitOverrunError) as error:
+            raise EOFError(f"what is said over TLS isn't HTTP: {error}") from error
+        finally:
+            await client.close()
+
+    # --- anything else -----------------------------------------------------------------------------------------
+
+    async def _relay(self, client: _End, wants: Probe | Verdict, first: bytes = b"") -> None:
+        """Wakes the container and passes on what either side says, until both have ended.
+
+        The container is held awake until the application has answered: from then on this connection is one like any
+        other of the pod. `first` goes ahead of what the client will say. The answer to a probe is remembered.
+        """
+        lesson = _Lesson(self._answerer.probes, self._flow, self._visitor) if isinstance(wants, Probe) else None
+        who = "kubelet" if self._visitor is Visitor.KUBELET else "within the pod"
+        why = str(wants) if lesson else f"a connection from {who} to {self._flow.port}"
+        async with contextlib.AsyncExitStack() as hold, contextlib.AsyncExitStack() as connection:
+            await hold.enter_async_context(self._answerer.awake(why))
+            application = await self._connect(isinstance(client, _Secure))
+            connection.push_async_callback(application.close)
+            await application.write(first)
+            answered = asyncio.Event()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass_on(client, application, True, lesson, None))
+                group.create_task(self._pass_on(application, client, False, lesson, answered))
+                await answered.wait()
+                await hold.aclose()
+
+    async def _pass_on(
+        self, source: _End, sink: _End, incoming: bool, lesson: _Lesson | None, began: asyncio.Event | None
+    ) -> None:
+        data = b"?"
+        while data:
+            data = await source.read()
+            if lesson is not None:
+                lesson.hear(incoming, data)
+            if began is not None:
+                began.set()
+            await (sink.write(data) if data else sink.end())
+
+    async def _connect(self, tls: bool) -> _End:
+        """To the application, at the address that the client has dialled; from the client's own where that is the
+        pod's."""
+        host = self._flow.local[0]
+        own = self._open_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            own.setblocking(False)
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._visitor is Visitor.LOOPBACK:
+                with contextlib.suppress(OSError):
+                    own.bind((self._flow.remote[0], 0))
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._loop.sock_connect(own, self._flow.local)
+            self._relayed(Flow("tcp", self._flow.local, _plain(own.getsockname())))
+            return await _Secure.connect(own) if tls else _Plain(own)
+        except BaseException:
+            own.close()
+            raise
+
+
+class _Lesson:
+    """What a relayed probe says and is told, as if the hook had seen it."""
+
+    def __init__(self, probes: Probes, flow: Flow, visitor: Visitor) -> None:
+        self._probes = probes
+        self._flow = flow
+        self._visitor = visitor
+        self._conversation = Conversation(flow.port, visitor)
+        self._next = {True: 0, False: 0}
+
+    def hear(self, incoming: bool, data: bytes) -> None:
+        """`data`: empty at the end."""
+        now = time.monotonic()
+        packet = Watched(
+            0, self._flow, self._visitor, incoming, self._next[incoming], False, not data, False, data, len(data), now
+        )
+        self._next[incoming] += len(data)
+        for probe, result in self._conversation.add(packet):
+            self._probes.learn(probe, result)
+
+
+class _End(ABC):
+    """One side of a relayed connection."""
+
+    @abstractmethod
+    async def read(self) -> bytes:
+        """What comes next; empty at the end. Raises OSError."""
+
+    @abstractmethod
+    async def write(self, data: bytes) -> None: ...
+
+    @abstractmethod
+    async def end(self) -> None:
+        """Nothing more will be written."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class _Plain(_End):
+    def __init__(self, own: socket.socket) -> None:
+        self._socket = own
+        self._loop = asyncio.get_running_loop()
+
+    async def read(self) -> bytes:
+        return await self._loop.sock_recv(self._socket, _CHUNK)
+
+    async def write(self, data: bytes) -> None:
+        await self._loop.sock_sendall(self._socket, data)
+
+    async def end(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    async def close(self) -> None:
+        self._socket.close()
+
+
+class _Secure(_End):
+    """TLS. An end of one direction is an end of both."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def accept(cls, own: socket.socket) -> _Secure:
+        """The socket is its from then on."""
+        context = await asyncio.to_thread(certificate.server)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(_CHUNK)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol, own, ssl=context, ssl_handshake_timeout=FIRST_SECONDS, ssl_shutdown_timeout=CLOSE_SECONDS
+        )
+        return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+
+    @classmethod
+    async def connect(cls, own: socket.socket) -> _Secure:
+        """The socket is its from then on."""
+        reader, writer = await asyncio.open_connection(
+            sock=own, ssl=certificate.client(), server_hostname="", ssl_shutdown_timeout=CLOSE_SECONDS
+        )
+        return cls(reader, writer)
+
+    async def read(self) -> bytes:
+        return await self.reader.read(_CHUNK)
+
+    async def write(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def end(self) -> None:
+        self._writer.close()
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+
+def _dialled(client: socket.socket) -> list[Address]:
+    """The addresses that the client may have dialled: the one that its packets have here, and, where a rule of the
+    pod's firewall has rewritten that (REDIRECT), the one that they had before."""
+    found = [_plain(client.getsockname())]
+    try:
+        if client.family == socket.AF_INET6:
+            raw = client.getsockopt(socket.IPPROTO_IPV6, _ORIGINAL_DESTINATION, _SOCKADDR_IN6.size)
+            port, host = _SOCKADDR_IN6.unpack(raw)
+            found.append((socket.inet_ntop(socket.AF_INET6, host), port))
+        else:
+            raw = client.getsockopt(socket.IPPROTO_IP, _ORIGINAL_DESTINATION, _SOCKADDR_IN.size)
+            port, host = _SOCKADDR_IN.unpack(raw)
+            found.append((socket.inet_ntop(socket.AF_INET, host), port))
+    except OSError:
+        pass  # there are no such rules
+    return found
+
+
+def _plain(address: tuple[str, int] | tuple[str, int, int, int]) -> Address:
+    """An IPv4 address on an IPv6 socket is told as the IPv4 address that it is."""
+    host = address[0].partition("%")[0]
+    return (host.removeprefix("::ffff:") if "." in host else host, address[1])
+
+
+def _reset(client: socket.socket) -> None:
+    """So that its peer learns that nobody will answer."""
+    with contextlib.suppress(OSError):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    client.close()
