@@ -345,7 +345,8 @@ INIT = Key(
     "`auto`, `always`, `never`",
     "`auto`",
     "Whether PID 1 of the container becomes criproxy's init, without which there is no checkpoint but the freezer. "
-    "`auto`: unless the image's entrypoint is known to insist on being PID 1 itself (s6-overlay, systemd).",
+    "`auto`: unless the image's entrypoint is known to insist on being PID 1 itself (s6-overlay, systemd), or the pod "
+    "has an AppArmor profile of its own, which may not let the init run.",
 )
 LAZY_PAGES = Key(
     "lazy-pages",

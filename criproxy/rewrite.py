@@ -165,6 +165,7 @@ def container(
     _check_policy(policy, command)
     _check_processes(config)
     _check_mounts(config)
+    _check_confinement(config.linux.security_context, policy, profiles)
 
     _refuse_io_uring(config.linux.security_context, profiles, runtime, handler)
     for spec in (config.image, *(mount.image for mount in config.mounts)):
@@ -256,39 +257,74 @@ def _check_mounts(config: cri_pb2.ContainerConfig) -> None:
             raise Unsupported(f"its volume at {mount.container_path} is where {ours} has to be", freezable=True)
 
 
-# --- Seccomp ----------------------------------------------------------------------------------------------------
+# --- Confinement ------------------------------------------------------------------------------------------------
 
-# The forms of the deprecated seccomp_profile_path (containerd's `generateSecurityProfile`).
+# The forms of the deprecated seccomp_profile_path and apparmor_profile (containerd's `generateSecurityProfile`).
 _LOCALHOST = "localhost/"
 _UNCONFINED = "unconfined"
+
+# What native/init.c can't do without.
+INIT_CALLS = ("clone", "wait4", "waitid", "rt_sigtimedwait", "rt_sigprocmask", "rt_sigaction", "kill", "setsid",
+                "prctl", "pipe2", "read", "write", "close", "execve", "exit_group")  # fmt: skip
+
+
+def _check_confinement(context: cri_pb2.LinuxContainerSecurityContext, policy: Policy, profiles: Profiles) -> None:
+    """A profile that was made for the application alone may be too narrow for an init that starts it."""
+    if context.privileged:  # containerd gives it none, whatever it asks for
+        return
+    path = _seccomp_file(context)
+    if path is not None and (call := profiles.forbidden(path, INIT_CALLS)) is not None:
+        raise Unsupported(f"its seccomp profile refuses {call}, which criproxy's init needs", freezable=True)
+    profile = _apparmor_profile(context)
+    if profile and policy.init is Init.AUTO:
+        # What it allows is in the kernel, compiled.
+        raise Unsupported(
+            f"its AppArmor profile {profile} may not let criproxy's init run (criproxy.io/init: always if it does)",
+            freezable=True,
+        )
+
+
+def _seccomp_file(context: cri_pb2.LinuxContainerSecurityContext) -> Path | None:
+    if context.HasField("seccomp"):  # then containerd doesn't look at the path
+        if context.seccomp.profile_type != cri_pb2.SecurityProfile.Localhost:
+            return None
+        # containerd trims the prefix here as well, "just in case".
+        return Path(context.seccomp.localhost_ref.removeprefix(_LOCALHOST))
+    if context.seccomp_profile_path.startswith(_LOCALHOST):
+        return Path(context.seccomp_profile_path.removeprefix(_LOCALHOST))
+    return None
+
+
+def _apparmor_profile(context: cri_pb2.LinuxContainerSecurityContext) -> str:
+    """The name of one that isn't the runtime's own; empty if there is none."""
+    if context.HasField("apparmor"):
+        if context.apparmor.profile_type != cri_pb2.SecurityProfile.Localhost:
+            return ""
+        return context.apparmor.localhost_ref.removeprefix(_LOCALHOST)
+    if context.apparmor_profile.startswith(_LOCALHOST):
+        return context.apparmor_profile.removeprefix(_LOCALHOST)
+    return ""
 
 
 def _refuse_io_uring(
     context: cri_pb2.LinuxContainerSecurityContext, profiles: Profiles, runtime: Configuration | None, handler: str
 ) -> None:
     """Puts a profile that refuses io_uring in the place of none and of a file's; RuntimeDefault can't be extended."""
-    if context.privileged:  # containerd gives it no profile, whatever it asks for
+    if context.privileged:
         return
-    path = context.seccomp_profile_path
-    if context.HasField("seccomp"):  # then containerd doesn't look at the path
-        profile = context.seccomp
-        if profile.profile_type == cri_pb2.SecurityProfile.Localhost:
-            # containerd trims the prefix here as well, "just in case".
-            replacement = profiles.merged(Path(profile.localhost_ref.removeprefix(_LOCALHOST)))
-        elif profile.profile_type == cri_pb2.SecurityProfile.Unconfined:
-            replacement = _allow_all(profiles, runtime, handler, unset=False)
-        else:
-            replacement = None
-    elif path.startswith(_LOCALHOST):
-        replacement = profiles.merged(Path(path.removeprefix(_LOCALHOST)))
-        if replacement is not None:
-            context.seccomp_profile_path = f"{_LOCALHOST}{replacement}"
+    if (file := _seccomp_file(context)) is not None:
+        if (merged := profiles.merged(file)) is not None:
+            if context.HasField("seccomp"):
+                context.seccomp.localhost_ref = str(merged)
+            else:
+                context.seccomp_profile_path = f"{_LOCALHOST}{merged}"
         return
-    elif path in ("", _UNCONFINED):
-        replacement = _allow_all(profiles, runtime, handler, unset=path == "")
+    if context.HasField("seccomp"):
+        unset, none = False, context.seccomp.profile_type == cri_pb2.SecurityProfile.Unconfined
     else:
-        replacement = None
-    if replacement is not None:
+        unset = context.seccomp_profile_path == ""
+        none = unset or context.seccomp_profile_path == _UNCONFINED
+    if none and (replacement := _allow_all(profiles, runtime, handler, unset=unset)) is not None:
         # In the newer field, which containerd 1.6 and later prefer; there, it is just a path.
         context.seccomp.profile_type = cri_pb2.SecurityProfile.Localhost
         context.seccomp.localhost_ref = str(replacement)

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,23 @@ def merged(profile: Any) -> dict[str, Any] | None:
     return {**profile, "syscalls": [*rest, _refusal()]}
 
 
+def forbidden(profile: Any, calls: Iterable[str]) -> str | None:
+    """The first of these system calls that a profile refuses whatever its arguments are, or None.
+
+    Where a rule depends on arguments, capabilities or the kernel, it is given the benefit of the doubt.
+    """
+    if not isinstance(profile, dict) or not isinstance(profile.get("syscalls") or [], list):
+        return None
+    rules = [rule for rule in profile.get("syscalls") or [] if isinstance(rule, dict)]
+    for call in calls:
+        naming = [rule for rule in rules if call in (rule.get("names") or []) or call == rule.get("name")]
+        allowed = any(rule.get("action") in _PERMISSIVE for rule in naming)
+        refused = any(rule.get("action") not in _PERMISSIVE and not rule.get("args") for rule in naming)
+        if not allowed and (refused or profile.get("defaultAction") not in _PERMISSIVE):
+            return call
+    return None
+
+
 def _refusal() -> dict[str, Any]:
     return {"names": [_CALL], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS}
 
@@ -98,6 +116,14 @@ class Profiles:
         except (OSError, ValueError):
             return None
         return None if profile is None else self._store(profile)
+
+    @staticmethod
+    def forbidden(path: Path, calls: Iterable[str]) -> str | None:
+        """As `forbidden`, of the profile at `path`; None if that can't be read."""
+        try:
+            return forbidden(json.loads(path.read_bytes()), calls)
+        except (OSError, ValueError):
+            return None
 
     def _store(self, profile: dict[str, Any]) -> Path:
         data = json.dumps(profile, indent=1).encode()

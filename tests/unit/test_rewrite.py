@@ -246,6 +246,7 @@ class TestContainer:
             (lambda c: setattr(namespaces(c), "pid", cri.POD), True),
             (lambda c: namespaces(c).userns_options.SetInParent(), True),
             (lambda c: mount(c, "/.criproxy"), True),
+            (lambda c: setattr(c.linux.security_context, "apparmor_profile", "localhost/narrow"), True),
             (lambda c: setattr(namespaces(c), "pid", cri.NODE), False),
             (lambda c: setattr(namespaces(c), "pid", cri.TARGET), False),
             (lambda c: setattr(namespaces(c), "network", cri.NODE), False),
@@ -288,6 +289,49 @@ class TestContainer:
             rewritten(request(), policy=Policy(init=Init.NEVER))
         assert rewritten(request(), policy=Policy(tier=Tier.RESTART))
         assert rewritten(request(), policy=Policy(init=Init.ALWAYS), entrypoint=["/init"])
+
+    @pytest.mark.parametrize("field", ["older", "newer"])
+    def test_an_apparmor_profile_of_the_pods_own(self, field: str, rewritten: Callable[..., Request]) -> None:
+        """Whether it lets our init be executed can't be read: compiled, it is in the kernel."""
+
+        def profile(kind: Any, name: str) -> Callable[[cri.ContainerConfig], None]:
+            def change(config: cri.ContainerConfig) -> None:
+                if field == "older":
+                    config.linux.security_context.apparmor_profile = name
+                else:
+                    config.linux.security_context.apparmor.profile_type = kind
+                    config.linux.security_context.apparmor.localhost_ref = name.removeprefix("localhost/")
+
+            return change
+
+        theirs = request(profile(cri.SecurityProfile.Localhost, "localhost/narrow"))
+        with pytest.raises(Unsupported, match="AppArmor profile narrow") as caught:
+            rewritten(theirs)
+        assert caught.value.freezable
+        assert rewritten(theirs, policy=Policy(init=Init.ALWAYS))
+        for kind, name in (("RuntimeDefault", "runtime/default"), ("Unconfined", "unconfined")):
+            assert rewritten(request(profile(getattr(cri.SecurityProfile, kind), name)))
+
+    def test_a_seccomp_profile_that_is_too_narrow(self, tmp_path: Path, rewritten: Callable[..., Request]) -> None:
+        profile = tmp_path / "narrow.json"
+        profile.write_text(
+            json.dumps(
+                {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["wait4"], "action": "SCMP_ACT_KILL"}]}
+            )
+        )
+
+        def newer(config: cri.ContainerConfig) -> None:
+            config.linux.security_context.seccomp.profile_type = cri.SecurityProfile.Localhost
+            config.linux.security_context.seccomp.localhost_ref = str(profile)
+
+        def older(config: cri.ContainerConfig) -> None:
+            config.linux.security_context.ClearField("seccomp")
+            config.linux.security_context.seccomp_profile_path = f"localhost/{profile}"
+
+        for change in (newer, older):
+            with pytest.raises(Unsupported, match="refuses wait4, which criproxy's init needs") as caught:
+                rewritten(request(change), policy=Policy(init=Init.ALWAYS))
+            assert caught.value.freezable
 
     def test_the_handler_zeropod_goes_from_its_images(self, rewritten: Callable[..., Request]) -> None:
         assert rewritten(request(lambda c: setattr(c.image, "runtime_handler", "zeropod"))).config.image == (
@@ -340,7 +384,7 @@ class TestSeccomp:
                     "defaultErrnoRet": 1,
                     "architectures": ["SCMP_ARCH_X86_64"],
                     "syscalls": [
-                        {"names": ["read", "io_uring_setup"], "action": "SCMP_ACT_ALLOW"},
+                        {"names": [*rewrite.INIT_CALLS, "io_uring_setup"], "action": "SCMP_ACT_ALLOW"},
                         {"names": ["io_uring_setup"], "action": "SCMP_ACT_LOG"},
                     ],
                 }
@@ -382,7 +426,7 @@ class TestSeccomp:
         result = self.profile(rewritten(request(change)))
         assert result == json.loads(localhost.read_text()) | {
             "syscalls": [
-                {"names": ["read"], "action": "SCMP_ACT_ALLOW"},
+                {"names": list(rewrite.INIT_CALLS), "action": "SCMP_ACT_ALLOW"},
                 {"names": ["io_uring_setup"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
             ]
         }
@@ -478,6 +522,34 @@ class TestSeccomp:
         result = seccomp.merged({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]})
         assert result is not None
         assert [rule.get("errnoRet") for rule in result["syscalls"]] == [38]
+
+    @pytest.mark.parametrize(
+        ("default", "rules", "expected"),
+        [
+            ("ALLOW", [], None),
+            ("ERRNO", [], "one"),
+            ("ERRNO", [("ALLOW", ["one"])], "two"),
+            ("ERRNO", [("LOG", ["one"]), ("ALLOW", ["two", "three"])], None),
+            ("ALLOW", [("KILL", ["two"])], "two"),
+            ("ALLOW", [("KILL", ["two"]), ("ALLOW", ["two"])], None),
+        ],
+    )
+    def test_what_a_profile_forbids(self, default: str, rules: list[Any], expected: str | None) -> None:
+        syscalls = [{"names": names, "action": f"SCMP_ACT_{action}"} for action, names in rules]
+        profile = {"defaultAction": f"SCMP_ACT_{default}", "syscalls": syscalls}
+        assert seccomp.forbidden(profile, ["one", "two"]) == expected
+
+    def test_a_call_that_is_refused_for_some_arguments_is_not_forbidden(self) -> None:
+        rule = {"names": ["one"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0}]}
+        assert seccomp.forbidden({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}, ["one"]) is None
+        rule["action"] = "SCMP_ACT_ALLOW"
+        assert seccomp.forbidden({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [rule]}, ["one"]) is None
+
+    @pytest.mark.parametrize(
+        "profile", [[], {"syscalls": "all"}, {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": ["all"]}]
+    )
+    def test_what_is_no_profile_forbids_nothing(self, profile: Any) -> None:
+        assert seccomp.forbidden(profile, ["one"]) is None
 
     def test_files_are_named_by_their_content(self, tmp_path: Path) -> None:
         profiles = seccomp.Profiles(tmp_path, "aarch64")
