@@ -206,6 +206,9 @@ class Sandbox:
         gate.on_probing = container.probing
         if record.state is State.SCALED_DOWN and record.tier == Tier.CHECKPOINT and isinstance(workload, Workload):
             gate.stand_in(workload.streams())  # the daemon before may have died between checkpoint and this
+        if record.state is State.SCALED_DOWN and self._network.mode(record.slot) is Park.PASS:
+            # It fell asleep under another hook (another version's, before an upgrade): this one parks nothing for it.
+            container.hooked("the hook in the pod's network was made anew", missed=True)
         member.live(container, workload, gate)
 
     def _give_up(self, member: Member, why: str) -> None:

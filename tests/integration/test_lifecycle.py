@@ -468,6 +468,25 @@ def test_what_sleeps_in_a_pod_that_can_not_be_hooked_any_more_is_brought_back(
     assert specimen.ask("get") == "kept"
 
 
+def test_what_sleeps_under_the_hook_of_another_version_is_brought_back(
+    pod: Pod, specimen: Specimen, daemon: Daemon
+) -> None:
+    """As after an upgrade: the new daemon can't read the hook, makes another one, and that parks nothing yet."""
+    specimen.tell("set kept")
+    with specimen.connect() as connection:
+        assert connection.ask("count") == "1"
+        asleep(daemon, specimen)
+        daemon.stop()
+        (daemon.run_dir / "bpf" / pod.id / "pod").unlink()
+        daemon.start()
+        wait_for(daemon, specimen.id, "running")
+        assert connection.ask("count") == "2"
+        assert specimen.ask("get") == "kept"
+        # And from then on it sleeps again as ever.
+        asleep(daemon, specimen)
+        assert connection.ask("count") == "3"
+
+
 @pytest.mark.parametrize("doing", ["checkpointing", "restoring"])
 def test_the_next_daemon_waits_for_a_criu_that_outlived_the_last(
     doing: str, kubelet: Kubelet, program: Path, daemon: Daemon
