@@ -86,6 +86,7 @@ def _as_json(container: api.ContainerStatus) -> dict[str, Any]:
         value = optional(name)
         return None if value is None else round(value.seconds + value.nanos / 1e9, 3)
 
+    parking = optional("parking")
     return {
         "namespace": container.namespace,
         "pod": container.pod,
@@ -102,6 +103,7 @@ def _as_json(container: api.ContainerStatus) -> dict[str, Any]:
         "last_checkpoint_seconds": optional("last_checkpoint_seconds"),
         "last_restore_seconds": optional("last_restore_seconds"),
         "reason": container.reason,
+        "parking": parking and {field.name: getattr(parking, field.name) for field in api.Parking.DESCRIPTOR.fields},
     }
 
 
@@ -130,6 +132,9 @@ def _table(containers: Sequence[api.ContainerStatus]) -> str:
 
 def _row(container: dict[str, Any]) -> tuple[str, ...]:
     restore = container["last_restore_seconds"]
+    remarks = [container["reason"]]
+    if container["parking"] and (overflowed := container["parking"]["overflowed"]):
+        remarks.append(f"the parking was full for {overflowed} packets")
     return (
         container["namespace"],
         container["pod"],
@@ -142,7 +147,7 @@ def _row(container: dict[str, Any]) -> tuple[str, ...]:
         _size(container["checkpoint_bytes"] or None),
         str(container["restores"]),
         "-" if restore is None else f"{restore * 1e3:.0f} ms",
-        container["reason"] or "-",
+        "; ".join(filter(None, remarks)) or "-",
     )
 
 

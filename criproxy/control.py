@@ -93,6 +93,19 @@ def _container(member: Member) -> api.ContainerStatus:
         answer.last_activity.CopyFrom(_timestamp(time.time() - (time.monotonic() - member.container.last_activity())))
         answer.memory_bytes = member.container.memory()
         answer.reason = member.container.reason()
+    if member.gate is not None:
+        counters = member.gate.counters()
+        answer.parking.CopyFrom(
+            api.Parking(
+                packets=counters.parked,
+                bytes=counters.parked_bytes,
+                overflowed=counters.overflowed,
+                dropped=counters.dropped,
+                quiet=counters.quiet,
+                answered=counters.answered,
+                corrupt=member.gate.corrupt,
+            )
+        )
     return answer
 
 

@@ -10,12 +10,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Final
 
 from criproxy import packet
 from criproxy.bpf import BpfError
 from criproxy.network import PodNetwork
-from criproxy.pod_maps import Activity, Park, Parked, Stream, Watched
+from criproxy.pod_maps import Activity, Counters, Park, Parked, Stream, Watched
 from criproxy.policy import Port
 from criproxy.probes import Probes, Verdict
 from criproxy.sockets import Flow, Socket
@@ -76,6 +77,11 @@ class Gate:
         self._commands = 0
         self._assign(self._ports | declared - quiet, self._quiet_ports & quiet)
 
+    @property
+    def ports(self) -> frozenset[Port]:
+        """Where packets are for this container, as far as that is known."""
+        return self._ports
+
     # --- what the hook tells -------------------------------------------------------------------------------
 
     def park(self, parked: Parked) -> None:
@@ -109,6 +115,16 @@ class Gate:
             self._network.not_a_probe(packet.flow)
             self._visited = max(self._visited, packet.time)
         self._probed()
+
+    def counters(self) -> Counters:
+        """The hook's, and with them what found the parking full here."""
+        counters = self._network.counters(self._slot)
+        return replace(counters, overflowed=counters.overflowed + self.overflowed)
+
+    @property
+    def corrupt(self) -> int:
+        """Parked packets of the pod that were damaged, and so not delivered."""
+        return self._network.corrupt
 
     def last_activity(self) -> float:
         # What the hook has copied says whether it is activity.

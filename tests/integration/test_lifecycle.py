@@ -699,7 +699,7 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
     keys = {
         *("namespace", "pod", "container", "container_id", "state", "since", "last_activity", "memory_bytes"),
         *("checkpoint_bytes", "checkpoints", "restores", "last_checkpoint_seconds", "last_restore_seconds", "reason"),
-        "tier",
+        *("tier", "parking"),
     }
     first = next(c for c in daemon.status() if c["container_id"] == specimen.id)
     assert set(first) == keys
@@ -720,3 +720,7 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
     assert (up["restores"], up["checkpoint_bytes"]) == (1, 0)
     assert up["last_restore_seconds"] > 0
     assert up["reason"]
+    parking = up["parking"]
+    assert set(parking) == {"packets", "bytes", "overflowed", "dropped", "quiet", "answered", "corrupt"}
+    assert parking["packets"] > 0
+    assert parking["overflowed"] == parking["corrupt"] == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from criproxy.gate import Gate
-from criproxy.pod_maps import Activity, Park, Parked, Stream, Talk, Visitor, Watched
+from criproxy.pod_maps import Activity, Counters, Park, Parked, Stream, Talk, Visitor, Watched
 from criproxy.policy import Port
 from criproxy.probes import Probes
 from criproxy.sockets import Flow, Proto, Socket
@@ -54,6 +54,9 @@ class FakeNetwork:
 
     def talks(self) -> dict[Flow, Talk]:
         return self.known
+
+    def counters(self, slot: int) -> Counters:
+        return Counters(parked=12, parked_bytes=600, overflowed=3, dropped=0, quiet=0, answered=0)
 
     def activity(self, slot: int) -> Activity:
         return self.seen
@@ -377,6 +380,8 @@ def test_the_limit(network: FakeNetwork) -> None:
     for seq in range(12):
         made.park(parked(1, seq, b"x"))
     assert made.overflowed == 2
+    # With what didn't fit into the hook's ring.
+    assert made.counters().overflowed == 5
     made.open()
     assert len(network.sent) == 10
 
