@@ -647,6 +647,32 @@ def test_a_container_that_is_not_named_is_byte_for_byte_what_it_was(
         assert one.ask("count") == "1"
 
 
+def test_containerd_never_hears_of_zeropods_handler(strange: StrangeKubelet, recorder: Recorder, program: Path) -> None:
+    """kubelet names the handler of `runtimeClassName: zeropod` in more and more calls; containerd has none of that
+    name, and would refuse the pod."""
+    spec = cri.ImageSpec(image=strange.image_id("busybox"), runtime_handler="zeropod")
+
+    def handler(config: cri.ContainerConfig) -> None:
+        config.image.runtime_handler = "zeropod"
+
+    for method, request, response in (
+        ("ImageStatus", cri.ImageStatusRequest(image=spec), cri.ImageStatusResponse),
+        ("ListImages", cri.ListImagesRequest(filter=cri.ImageFilter(image=spec)), cri.ListImagesResponse),
+    ):
+        strange.call(method, request, response)
+    nowhere = cri.ImageSpec(image="localhost:1/none", runtime_handler="zeropod")
+    with pytest.raises(grpc.RpcError):
+        strange.call("PullImage", cri.PullImageRequest(image=nowhere), cri.PullImageResponse)
+    strange.call("RemoveImage", cri.RemoveImageRequest(image=nowhere), cri.RemoveImageResponse)
+    with strange.run_pod(runtime_handler="zeropod") as pod:
+        specimen = Specimen.run(pod, program, change=handler)
+        assert pod.status().status.state == cri.PodSandboxState.SANDBOX_READY
+        assert specimen.ask("count") == "1"
+    named = {method.rpartition("/")[2] for method, data in strange.sent if b"zeropod" in data}
+    assert named == {"RunPodSandbox", "CreateContainer", "ImageStatus", "ListImages", "PullImage", "RemoveImage"}
+    assert [method for method, data in recorder.calls if b"zeropod" in data] == []
+
+
 def test_the_operators_duration_is_the_default(strange: StrangeKubelet, second: Second, program: Path) -> None:
     with strange.run_pod(annotations={"criproxy.io/ports-map": f"specimen={PORT}"}) as pod:
         specimen = Specimen.run(pod, program)
