@@ -27,7 +27,7 @@ from criproxy.conversation import Conversation, Kind, Probe, Verdict, http_probe
 from criproxy.pod_maps import Visitor, Watched
 from criproxy.policy import Port
 from criproxy.probes import Probes
-from criproxy.sockets import Address, Flow
+from criproxy.sockets import Flow
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,6 @@ CLOSE_SECONDS: Final = 2.0
 
 _CHUNK: Final = 64 << 10
 _OPENING_BYTES: Final = 32 << 10
-_ORIGINAL_DESTINATION: Final = 80
-"""SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST, of linux/netfilter_ipv{4,6}."""
-_SOCKADDR_IN: Final = struct.Struct("!2xH4s8x")
-_SOCKADDR_IN6: Final = struct.Struct("!2xH4x16s4x")
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 _TLS_ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -70,18 +66,18 @@ class Answering:
         self,
         listener: socket.socket,
         container_of: Callable[[Port], Answerer | None],
-        visitor_of: Callable[[Flow], Visitor | None],
+        visit_of: Callable[[socket.socket], tuple[Flow, Visitor] | None],
         open_socket: Callable[[int], socket.socket],
         relayed: Callable[[Flow], None] = lambda flow: None,
     ) -> None:
-        """`listener`: non-blocking; `close` closes it. `container_of`: whose port it is. `visitor_of`: who has made a
-        connection (`local` is the pod's end), None for somebody who has no business here. `open_socket`: makes a TCP
-        socket of an address family inside the pod. `relayed`: told of each connection of ours to an application, before
-        anything is sent on it: it is no probe.
+        """`listener`: non-blocking; `close` closes it. `container_of`: whose port it is. `visit_of`: what a connection
+        was on its way in (`local` is the pod's end) and whose, None for somebody who has no business here.
+        `open_socket`: makes a TCP socket of an address family inside the pod. `relayed`: told of each connection of
+        ours to an application, before anything is sent on it: it is no probe.
         """
         self._listener = listener
         self._container_of = container_of
-        self._visitor_of = visitor_of
+        self._visit_of = visit_of
         self._open_socket = open_socket
         self._relayed = relayed
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,13 +126,12 @@ class Answering:
                 _reset(client)
 
     def _visit(self, client: socket.socket) -> _Visit | None:
-        remote = _plain(client.getpeername())
-        for local in _dialled(client):
-            answerer = self._container_of(Port("tcp", local[1]))
-            visitor = self._visitor_of(Flow("tcp", local, remote))
-            if answerer is not None and visitor is not None:
-                return _Visit(client, Flow("tcp", local, remote), visitor, answerer, self._open_socket, self._relayed)
-        return None
+        if (visit := self._visit_of(client)) is None:
+            return None
+        flow, visitor = visit
+        if (answerer := self._container_of(Port("tcp", flow.local[1]))) is None:
+            return None
+        return _Visit(client, flow, visitor, answerer, self._open_socket, self._relayed)
 
 
 class _Visit:
@@ -353,7 +348,7 @@ class _Visit:
                     own.bind((self._flow.remote[0], 0))
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._loop.sock_connect(own, self._flow.local)
-            self._relayed(Flow("tcp", self._flow.local, _plain(own.getsockname())))
+            self._relayed(Flow("tcp", self._flow.local, own.getsockname()[:2]))
             return await _Secure.connect(own) if tls else _Plain(own)
         except BaseException:
             own.close()
@@ -458,30 +453,6 @@ class _Secure(_End):
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
-
-
-def _dialled(client: socket.socket) -> list[Address]:
-    """The addresses that the client may have dialled: the one that its packets have here, and, where a rule of the
-    pod's firewall has rewritten that (REDIRECT), the one that they had before."""
-    found = [_plain(client.getsockname())]
-    try:
-        if client.family == socket.AF_INET6:
-            raw = client.getsockopt(socket.IPPROTO_IPV6, _ORIGINAL_DESTINATION, _SOCKADDR_IN6.size)
-            port, host = _SOCKADDR_IN6.unpack(raw)
-            found.append((socket.inet_ntop(socket.AF_INET6, host), port))
-        else:
-            raw = client.getsockopt(socket.IPPROTO_IP, _ORIGINAL_DESTINATION, _SOCKADDR_IN.size)
-            port, host = _SOCKADDR_IN.unpack(raw)
-            found.append((socket.inet_ntop(socket.AF_INET, host), port))
-    except OSError:
-        pass  # there are no such rules
-    return found
-
-
-def _plain(address: tuple[str, int] | tuple[str, int, int, int]) -> Address:
-    """An IPv4 address on an IPv6 socket is told as the IPv4 address that it is."""
-    host = address[0].partition("%")[0]
-    return (host.removeprefix("::ffff:") if "." in host else host, address[1])
 
 
 def _reset(client: socket.socket) -> None:

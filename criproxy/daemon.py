@@ -17,6 +17,7 @@ from criproxy import bpf, bundle, control
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.interceptors import Interceptors
+from criproxy.kubelet import Kubelet
 from criproxy.node import Node
 from criproxy.proxy import Proxy
 from criproxy.runtime import Runtime
@@ -55,7 +56,10 @@ async def serve(config: Config) -> None:
         runtime = await stack.enter_async_context(Runtime(str(config.runtime_endpoint)))
         node = Node(config, runtime, Criu(prepared), pins)
         profiles = Profiles(config.state_dir / "seccomp")
-        interceptors = Interceptors(config, node, runtime, prepared, profiles)
+        # Before any pod: the hooks look into its maps.
+        kubelet = stack.enter_context(contextlib.closing(Kubelet(config, pins)))
+        kubelet.look()
+        interceptors = Interceptors(config, node, runtime, prepared, profiles, kubelet)
         stack.push_async_callback(node.close)
         stack.push_async_callback(interceptors.close)
         await node.adopt()

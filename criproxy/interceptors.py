@@ -21,6 +21,7 @@ from criproxy.calls import Call, Interceptor, methods
 from criproxy.config import Config
 from criproxy.container import Record, State
 from criproxy.containerd import Configuration
+from criproxy.kubelet import Kubelet
 from criproxy.node import Node
 from criproxy.runtime import CriError, ImageConfig, Runtime, stop_signal
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
@@ -38,12 +39,14 @@ class Interceptors:
         runtime: Runtime,
         bundle: Bundle,
         profiles: Profiles,
+        kubelet: Kubelet,
     ) -> None:
         self._config = config
         self._node = node
         self._runtime = runtime
         self._bundle = bundle
         self._profiles = profiles
+        self._kubelet = kubelet
         self._streaming = Streaming()
         self._debugging: dict[str, contextlib.AsyncExitStack] = {}
         """What keeps the targets of ephemeral containers up until these start, by the ephemeral one's id."""
@@ -51,6 +54,7 @@ class Interceptors:
 
     def by_method(self) -> Mapping[str, Interceptor]:
         handlers: dict[str, Interceptor] = {
+            "Version": self.version,
             "Status": self.status,
             "RunPodSandbox": self.run_pod_sandbox,
             "StopPodSandbox": self.stop_pod_sandbox,
@@ -59,7 +63,7 @@ class Interceptors:
             "StartContainer": self.start_container,
             "StopContainer": self.stop_container,
             "RemoveContainer": self.remove_container,
-            "ExecSync": self.into_container,
+            "ExecSync": self.exec_sync,
             # What sleeps isn't in the archive that containerd would make.
             "CheckpointContainer": self.into_container,
             "Exec": self.stream,
@@ -77,7 +81,14 @@ class Interceptors:
 
     # --- the node and its images ---------------------------------------------------------------------------
 
+    async def version(self, call: Call) -> bytes:
+        # The first that kubelet asks when it is (re)started, maybe in another cgroup.
+        self._kubelet.look()
+        return await call.forward()
+
     async def status(self, call: Call) -> bytes:
+        # Each 5 seconds.
+        self._kubelet.look()
         return rewrite.status(await call.forward())
 
     async def image(self, call: Call) -> bytes:
@@ -279,10 +290,39 @@ class Interceptors:
 
     # --- into a container ----------------------------------------------------------------------------------
 
+    async def exec_sync(self, call: Call) -> bytes:
+        request = cri.ExecSyncRequest.FromString(call.request)
+        member = self._node.member(request.container_id)
+        if member is None or member.container is None:
+            return await call.forward()
+        # kubelet gives each probe a time limit, and its hooks (preStop) none.
+        if request.timeout > 0 and member.probes is not None:
+            if member.container.up():
+                return await self._command_of_probe(call, member, request.cmd)
+            if (known := member.probes.command(request.cmd)) is not None:
+                return known
+        async with member.container.awake(call.name):
+            if request.timeout > 0:
+                return await self._command_of_probe(call, member, request.cmd)
+            return await call.forward()
+
+    @staticmethod
+    async def _command_of_probe(call: Call, member: Member, argv: Sequence[str]) -> bytes:
+        """An exec probe is no activity, and neither are the connections and the processor time of its command."""
+        container, gate, probes = member.container, member.gate, member.probes
+        if container is None or gate is None or probes is None:
+            return await call.forward()
+        response = None
+        with container.probed("an exec probe"), gate.command():
+            try:
+                response = await call.forward()
+            finally:
+                probes.command_done(argv, response)
+        return response
+
     async def into_container(self, call: Call) -> bytes:
-        """ExecSync and CheckpointContainer: done when they are answered."""
-        # Both requests have the container's id in field 1.
-        member = self._node.member(cri.ExecSyncRequest.FromString(call.request).container_id)
+        """CheckpointContainer: done when it is answered."""
+        member = self._node.member(cri.CheckpointContainerRequest.FromString(call.request).container_id)
         if member is None or member.container is None:
             return await call.forward()
         async with member.container.awake(call.name):

@@ -416,15 +416,15 @@ class PodNetwork:
         The flow's port is the one that the visitor asked for: rules in the pod (REDIRECT) may have given the socket
         another one. Raises OSError or BpfError.
         """
-        remote = connection.getpeername()[:2]
-        peer = Flow("tcp", connection.getsockname()[:2], remote)
+        key = pod_maps.four(Flow("tcp", connection.getsockname()[:2], connection.getpeername()[:2]))
+        # IPv4 addresses on an IPv6 socket are told as what they are.
+        peer = pod_maps.flow(key)
         # One entry for the wire's address and port, unless it was rewritten.
-        if (value := self._maps["visits"].get(pod_maps.four(peer))) is not None:
+        if (value := self._maps["visits"].get(key)) is not None:
             visitor, _, ours = pod_maps.visit(value)
             return (peer, visitor) if ours else None
-        same = pod_maps.address(remote[0]), remote[1]
         for flow, (visitor, _, ours) in self._visits():
-            if ours and (pod_maps.address(flow.remote[0]), flow.remote[1]) == same:
+            if ours and flow.remote == peer.remote:
                 return flow, visitor
         return None
 

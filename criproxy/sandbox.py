@@ -7,18 +7,21 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from criproxy.answering import Answering
 from criproxy.bpf import BpfError
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Container, Record, State
 from criproxy.gate import Gate, NoGate
+from criproxy.namespaces import in_network_namespace
 from criproxy.network import NetworkError, PodNetwork
 from criproxy.pod_maps import SLOTS, Park, Parked, Watched
-from criproxy.policy import Answers, Connections, Policy, Tier
+from criproxy.policy import Answers, Connections, Policy, Port, Tier
 from criproxy.probes import Probes
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
 from criproxy.sockets import UnixSocket
@@ -57,6 +60,7 @@ class Sandbox:
         self._criu = criu
         self._pins = pins
         self._network: PodNetwork | None = None
+        self._answering: Answering | None = None
         self._checks: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
 
@@ -69,7 +73,33 @@ class Sandbox:
         self._network = await asyncio.to_thread(self._hook, Path(self.record.netns))
         self._network.on_parked(self._parked)
         self._network.on_watched(self._watched)
+        self._answer_probes(self._network)
         self._checks = asyncio.create_task(self._check_always(), name=f"hook of {self.record.id[:13]}")
+
+    def _answer_probes(self, network: PodNetwork) -> None:
+        try:
+            listener = network.listen()
+        except (BpfError, OSError) as error:
+            log.warning("%s/%s: kubelet's probes will wake it: %s", self.record.namespace, self.record.name, error)
+            return
+        self._answering = Answering(
+            listener,
+            self._whose,
+            network.accepted,
+            open_socket=lambda family: in_network_namespace(network.netns, lambda: socket.socket(family)),
+            relayed=network.not_a_probe,
+        )
+
+    def _whose(self, port: Port) -> Probed | None:
+        for member in self.containers.values():
+            if member.gate is not None and port in member.gate.ports:
+                return member.probed()
+        return None
+
+    async def _end_answering(self) -> None:
+        if self._answering is not None:
+            answering, self._answering = self._answering, None
+            await answering.close()
 
     async def _check_always(self) -> None:
         while True:
@@ -125,6 +155,7 @@ class Sandbox:
     async def detach(self) -> None:
         """Takes the hook away. The pod's network namespace may be gone already."""
         await self._end_checks()
+        await self._end_answering()
         if self._network is not None:
             network, self._network = self._network, None
             network.off_parked()
@@ -132,6 +163,7 @@ class Sandbox:
 
     async def close(self) -> None:
         """The daemon stops: everything stays as it is, for the next one."""
+        await self._end_answering()
         for member in self.containers.values():
             await member.close()
         await self._end_checks()
@@ -263,6 +295,20 @@ class Sandbox:
         return [Checkpoint(workload, gate), Freeze(workload, gate)]
 
 
+class Probed:
+    """A container for `answering.Answering`."""
+
+    def __init__(self, container: Container, probes: Probes) -> None:
+        self.probes = probes
+        self._container = container
+
+    def is_down(self) -> bool:
+        return not self._container.up()
+
+    def awake(self, why: str) -> contextlib.AbstractAsyncContextManager[None]:
+        return self._container.awake(why)
+
+
 class Member:
     """A container of a sandbox: its record on disk and, while it runs, its state machine."""
 
@@ -275,6 +321,10 @@ class Member:
         self.probes: Probes | None = None
         self._pidfd: int | None = None
         self._ending: asyncio.Task[None] | None = None
+
+    def probed(self) -> Probed | None:
+        """The container, as far as its probes are concerned; None once it has ended."""
+        return None if self.container is None or self.probes is None else Probed(self.container, self.probes)
 
     def live(self, container: Container, workload: Processes, gate: Gate | None) -> None:
         # The init's end is the container's end, whoever caused it; a pidfd tells it under every runtime version.

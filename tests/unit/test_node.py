@@ -51,6 +51,9 @@ class Network:
 
     def on_watched(self, callback: object) -> None: ...
 
+    def listen(self) -> None:
+        raise OSError("no network to listen in")
+
     def close(self) -> None: ...
 
     def park(self, slot: int, mode: Park, flows: object = ()) -> None:

@@ -29,6 +29,9 @@ class Hook:
 
     def on_watched(self, callback: object) -> None: ...
 
+    def listen(self) -> None:
+        raise OSError("no network to listen in")
+
     def problem(self) -> str | None:
         if self.removed:
             self.removed = False
