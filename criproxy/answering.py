@@ -70,10 +70,11 @@ class Answering:
         open_socket: Callable[[int], socket.socket],
         relayed: Callable[[Flow], None] = lambda flow: None,
     ) -> None:
-        """`listener`: non-blocking; `close` closes it. `container_of`: whose port it is. `visit_of`: what a connection
-        was on its way in (`local` is the pod's end) and whose, None for somebody who has no business here.
-        `open_socket`: makes a TCP socket of an address family inside the pod. `relayed`: told of each connection of
-        ours to an application, before anything is sent on it: it is no probe.
+        """`listener`: non-blocking; `close` closes it. `container_of`: whose port it is. `visit_of`: an accepted
+        connection as it was on its way in, and whose it is; None: it has no business here. `open_socket`: makes a TCP
+        socket of an address family inside the pod. `relayed`: told of each connection that is relayed, and of ours to
+        the application before anything is sent on it: they are no probes. Whatever of these raises, the connection is
+        reset.
         """
         self._listener = listener
         self._container_of = container_of
@@ -126,12 +127,10 @@ class Answering:
                 _reset(client)
 
     def _visit(self, client: socket.socket) -> _Visit | None:
-        if (visit := self._visit_of(client)) is None:
+        found = self._visit_of(client)
+        if found is None or (answerer := self._container_of(found[0].port)) is None:
             return None
-        flow, visitor = visit
-        if (answerer := self._container_of(Port("tcp", flow.local[1]))) is None:
-            return None
-        return _Visit(client, flow, visitor, answerer, self._open_socket, self._relayed)
+        return _Visit(client, *found, answerer, self._open_socket, self._relayed)
 
 
 class _Visit:
@@ -347,7 +346,11 @@ class _Visit:
                 with contextlib.suppress(OSError):
                     own.bind((self._flow.remote[0], 0))
             async with asyncio.timeout(CONNECT_SECONDS):
+                while self._answerer.is_down():
+                    # Its processes are there, but its packets not let through yet: the hook would lead ours back to us.
+                    await asyncio.sleep(0.01)
                 await self._loop.sock_connect(own, self._flow.local)
+            self._relayed(self._flow)
             self._relayed(Flow("tcp", self._flow.local, own.getsockname()[:2]))
             return await _Secure.connect(own) if tls else _Plain(own)
         except BaseException:

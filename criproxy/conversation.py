@@ -255,7 +255,7 @@ class Conversation:
                 results = [(asked, unanswered)]
                 self._talk.asked = None
                 self._close()
-        elif packet.incoming and self._was_accepted(packet):
+        elif self._opened is not None and packet.incoming and self._accepted:
             results = [(Probe(self._port, self._visitor, Kind.TCP), Result(True, "accepted"))]
             self.verdict = Verdict.PROBE
             self._close()
@@ -267,12 +267,6 @@ class Conversation:
         if packet.rst or (self._client.ended and self._server.ended):
             self._close()
         return results
-
-    def _was_accepted(self, packet: Watched) -> bool:
-        """Whether a connection on which the client has said nothing was one at all. Over `lo` its end alone is seen."""
-        if self._visitor is Visitor.LOOPBACK:
-            return packet.fin
-        return self._opened is not None and self._accepted
 
     def _close(self) -> None:
         """Nothing more can become known; what comes late is still known to be of this one."""

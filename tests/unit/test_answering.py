@@ -21,6 +21,7 @@ import pytest
 
 from criproxy import answering, certificate, grpc_health
 from criproxy.answering import Answering
+from criproxy.bpf import BpfError
 from criproxy.conversation import Kind, Probe, Result
 from criproxy.pod_maps import Visitor
 from criproxy.policy import Port
@@ -169,7 +170,7 @@ async def test_anything_else_wakes_and_is_relayed(pod: Pod, request_: bytes) -> 
     await pod.serve(echo)
     assert (await ask(pod, request_)).endswith(request_)
     assert len(pod.woken) == 1
-    assert [flow.local[1] for flow in pod.relayed] == [pod.port]
+    assert [flow.local[1] for flow in pod.relayed] == [pod.port] * 2
 
 
 async def test_the_answer_to_an_unknown_probe_is_known_from_then_on(pod: Pod) -> None:
@@ -387,6 +388,15 @@ async def test_who_has_no_business_here_is_reset(pod: Pod) -> None:
     with pytest.raises(ConnectionResetError):
         await ask(pod, get())
     assert pod.woken == []
+
+
+async def test_what_the_hook_cannot_tell_is_reset(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(client: socket.socket) -> None:
+        raise BpfError("no such map")
+
+    monkeypatch.setattr(pod.answering, "_visit_of", gone)
+    with pytest.raises(ConnectionResetError):
+        await ask(pod, get())
 
 
 async def test_what_the_application_refuses_is_refused(pod: Pod) -> None:

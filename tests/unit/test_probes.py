@@ -298,10 +298,15 @@ def test_a_client_that_a_server_greets_is_not_one(table: Probes) -> None:
     assert wire.asks(b"\x20\x00\x00\x01login") is Verdict.OTHER
 
 
-def test_of_a_forwarded_one_the_end_alone_is_seen(table: Probes) -> None:
-    wire = Wire(table, visitor=LOOPBACK, syn=False)
+def test_a_mesh_may_forward_it(table: Probes) -> None:
+    wire = Wire(table, visitor=LOOPBACK)
     assert wire.packet(True, fin=True) is Verdict.PROBE
     assert table.known(tcp(LOOPBACK)) is not None
+
+
+def test_an_end_without_a_beginning_is_none(table: Probes) -> None:
+    assert Wire(table, syn=False).packet(True, fin=True) is Verdict.UNDECIDED
+    assert table.ports() == {}
 
 
 def test_a_refused_connection_is_a_failure_until_a_probe_succeeds(table: Probes) -> None:
