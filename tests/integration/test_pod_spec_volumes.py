@@ -210,6 +210,35 @@ def test_what_is_mounted_on_the_host_while_it_sleeps(pod: Pod, program: Path, da
         pod.remove()
 
 
+def test_what_it_has_mounted_for_the_host_itself(
+    kubelet: Kubelet, program: Path, daemon: Daemon, tmp_path: Path
+) -> None:
+    """`mountPropagation: Bidirectional`, which only privileged containers may have (a CSI driver)."""
+    shared = tmp_path / "shared"
+    (shared / "below").mkdir(parents=True)
+
+    def pod_too(config: cri.PodSandboxConfig) -> None:
+        config.linux.security_context.privileged = True
+
+    def both_ways(config: cri.ContainerConfig) -> None:
+        mount = next(mount for mount in config.mounts if mount.container_path == "/shared")
+        mount.propagation = cri.MountPropagation.PROPAGATION_BIDIRECTIONAL
+
+    with mounted(shared, "--bind", shared), kubelet.run_pod(annotations=QUICK, change=pod_too) as pod:
+        subprocess.run(["mount", "--make-rshared", shared], check=True)
+        specimen = Specimen.run(pod, program, mounts={shared: "/shared"}, change=both_ways, privileged=True)
+        assert specimen.container.exec_sync("mount", "-t", "tmpfs", "tmpfs", "/shared/below").exit_code == 0
+        specimen.tell("open /shared/below/file")
+        for text in ("one", "two"):
+            asleep(daemon, specimen)
+            assert (shared / "below").is_mount()
+            specimen.tell(f"write {text}")
+        assert (shared / "below/file").read_text() == "one\ntwo\n"
+        restored(daemon, specimen)
+        pod.remove()
+        subprocess.run(["umount", "--lazy", shared / "below"], check=True)
+
+
 @contextlib.contextmanager
 def mounted(target: Path, *arguments: str | Path) -> Iterator[None]:
     subprocess.run(["mount", *arguments, target], check=True)
