@@ -550,9 +550,7 @@ def _refusal(error: Exception, tree: Sequence[processes.Process], images: Path) 
     aftermath.rescue(tree, stopped=isinstance(error, _Failed) and error.killed)
     if (images / _GIVEN_UP).exists():
         return GivenUp("somebody wants the container")
-    return CheckpointError(
-        obstacle(process.pid for process in tree) or _sentence(error), getattr(error, "log", "")
-    )
+    return CheckpointError(obstacle(process.pid for process in tree) or _sentence(error), getattr(error, "log", ""))
 
 
 def complete(images: Path) -> bool:
@@ -567,8 +565,8 @@ def link(images: Path, folder: Path) -> None:
     """The images, and what CRIU says of them, in the new folder, too: there they stay as they are, whatever becomes of
     the checkpoint. Raises OSError."""
     folder.mkdir(mode=0o700)
-    for path in (*images.glob("*.img"), *(images / name for name in SAID)):
-        with contextlib.suppress(FileNotFoundError if path.name in SAID else ()):
+    for path in images.iterdir():
+        if path.suffix == ".img" or path.name in SAID:
             os.link(path, folder / path.name)
 
 

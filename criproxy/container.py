@@ -21,8 +21,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
+from criproxy.checkpoint import CheckpointError
 from criproxy.policy import Tier
 from criproxy.scaledown import Attempts, Lost, Method, Refused, Wanted
 
@@ -115,6 +117,13 @@ class Workload(Protocol):
 
     def memory(self) -> int: ...
 
+    async def kill(self) -> None:
+        """Ends the container."""
+
+    async def snapshot(self, folder: Path, unless: asyncio.Event) -> None:
+        """Puts a checkpoint of the application, which goes on running, into the new folder. Raises CheckpointError,
+        also if `unless` was set in time."""
+
 
 class Gate(Protocol):
     """The container's share of its pod's network."""
@@ -149,6 +158,21 @@ class Probes(Protocol):
 
     def save(self) -> None:
         """They are needed while the container sleeps, by the next daemon too."""
+
+
+class _Errand:
+    """A checkpoint of the container for somebody else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unless = asyncio.Event()
+        """It is no longer wanted."""
+        self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Why it was refused, empty if it wasn't."""
+
+    def end(self, refusal: str = "") -> None:
+        if not self.done.done():
+            self.done.set_result(refusal)
 
 
 async def _nothing() -> None: ...
@@ -191,6 +215,9 @@ class Container:
         self._save = save
         self._changed = asyncio.Condition()
         self._wanted = asyncio.Event()
+        self._errands: list[_Errand] = []
+        self._asked = asyncio.Event()
+        """There are errands."""
         self._holders: list[str] = []
         self._stops = 0
         """How many of them hold it only to stop it."""
@@ -249,6 +276,10 @@ class Container:
             self._holders.remove(why)
             self._active = time.monotonic()
 
+    def up(self) -> bool:
+        """Whether nothing of ours is in the way of whoever wants the container."""
+        return self.record.state in AWAKE
+
     @contextlib.contextmanager
     def probed(self, why: str) -> Iterator[None]:
         """A command of kubelet's probe runs in the container, which must be awake, and stays so meanwhile. That isn't
@@ -298,6 +329,27 @@ class Container:
         finally:
             self._holders.remove(why)
 
+    async def snapshot(self, folder: Path) -> None:
+        """Puts a checkpoint of the application into the new folder. One that sleeps goes on sleeping, one that runs
+        goes on running. Raises Refused; cancelled, it is given up, and nothing of it goes on. The folder is the
+        caller's."""
+        if self._task is None or self._task.done():
+            raise Refused(self.record.reason or "it has ended")
+        errand = _Errand(folder)
+        self._errands.append(errand)
+        self._asked.set()
+        try:
+            refusal = await asyncio.shield(errand.done)
+        except asyncio.CancelledError:
+            errand.unless.set()
+            if errand in self._errands:
+                self._errands.remove(errand)
+            else:
+                await asyncio.wait([errand.done])
+            raise
+        if refusal:
+            raise Refused(refusal)
+
     # --- what others may know ------------------------------------------------------------------------------
 
     def last_activity(self) -> float:
@@ -340,7 +392,11 @@ class Container:
                     await self._enter(State.DISABLED, "; ".join(filter(None, (self.record.reason, self._give_up))))
                     return
                 if self.record.state is State.RUNNING:
-                    if not await self._park(await self._until_idle()):
+                    idle_since = await self._until_idle()
+                    if idle_since is None:
+                        await self._snapshot(self._errands.pop(0))
+                        continue
+                    if not await self._park(idle_since):
                         continue
                     if not await self._scale_down():
                         continue
@@ -355,6 +411,9 @@ class Container:
             # A bug of ours must not take a container with it: it is left running and no longer touched.
             log.exception("%s: internal error, it is no longer scaled down", self)
             await self._leave_alone()
+        finally:
+            for errand in self._errands:
+                errand.end("it has ended, or is no longer criproxy's")
 
     async def _leave_alone(self) -> None:
         """Each step does what it can, whatever becomes of the others: nobody may wait for this container for ever."""
@@ -388,19 +447,23 @@ class Container:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _until_idle(self) -> float:
+    async def _until_idle(self) -> float | None:
         """Running. Returns when the container has been idle for its duration and nothing else is in the way: since when
-        (monotonic seconds)."""
-        if self._duration == 0:
-            await asyncio.Event().wait()
+        (monotonic seconds). Or None, when there is an errand."""
         self._cpu_sample = (time.monotonic(), self._own_work())
-        while True:
+        while not self._errands:
+            self._asked.clear()
+            if self._duration == 0:
+                await self._asked.wait()
+                continue
             now = time.monotonic()
             idle_since = self.last_activity()
             due = max(idle_since + self._duration, min(a.retry_at for a in self._attempts))
             if due > now:
                 self._cpu_sample = (now, self._own_work())
-                await asyncio.sleep(due - now)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(due - now):
+                        await self._asked.wait()
                 continue
             busy = self._busy()
             if busy is None:
@@ -419,6 +482,23 @@ class Container:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1])):
                     await self._probe_ended.wait()
+        return None
+
+    async def _snapshot(self, errand: _Errand) -> None:
+        """Running. Packets are parked meanwhile: CRIU wants sockets in which nothing changes."""
+        refusal, reason = "it has ended, or is no longer criproxy's", self.record.reason
+        try:
+            await self._enter(State.PARKING, "a checkpoint of it is made for somebody else")
+            self._gate.park_all()
+            await self._workload.snapshot(errand.folder, errand.unless)
+            refusal = ""
+        except CheckpointError as error:
+            if not self._workload.ended():
+                refusal = str(error)
+        finally:
+            self._gate.open()
+            await self._enter(State.RUNNING, reason)
+            errand.end(refusal)
 
     def _busy(self) -> str | None:
         """What other than traffic is in the way of a scale-down, or None."""
@@ -514,7 +594,23 @@ class Container:
         if not (self._holders or self._gate.wanted() or self._unhooked is not None or self._give_up):
             self._wanted.clear()
             # Not looked at the gate again: where the parking was full, the packet that wants the container isn't in it.
-            await self._wanted.wait()
+            while not self._wanted.is_set():
+                await _first(self._wanted, self._asked)
+                if not self._hand_out():
+                    return
+
+    def _hand_out(self) -> bool:
+        """Scaled down. Whether the errands, if there are any, are done without waking it."""
+        self._asked.clear()
+        while self._errands:
+            try:
+                if not self._method.hand_out(self._errands[0].folder):
+                    return False
+                refusal = ""
+            except Refused as error:
+                refusal = str(error)
+            self._errands.pop(0).end(refusal)
+        return True
 
     async def _bring_back(self) -> None:
         """From the checkpoint, else afresh; either way the container runs in the end and the gate is open."""
@@ -526,6 +622,7 @@ class Container:
             reason = await self._method.up(lambda: self._stops > 0)
         except Lost as error:
             log.error("%s: killed, its unsaved state was lost: it is to stop, but %s", self, error)
+            await self._workload.kill()
             raise
         self._is_up = True
         async with self._changed:
@@ -559,3 +656,13 @@ class Container:
 
     def __str__(self) -> str:
         return f"{self.record.namespace}/{self.record.pod}/{self.record.name} ({self.record.id[:13]})"
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Waits until one of them is set."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()

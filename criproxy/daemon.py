@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from criproxy import bpf, bundle, control
+from criproxy import bpf, bundle, control, forensic
 from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.interceptors import Interceptors
@@ -63,6 +63,7 @@ async def serve(config: Config) -> None:
         stack.push_async_callback(node.close)
         stack.push_async_callback(interceptors.close)
         await node.adopt()
+        forensic.clean(config.state_dir)
         in_use = {prepared.path, *(Path(m.record.bundle) for m in node.members() if m.record.bundle)}
         for folder in bundle.collect_garbage(config.state_dir, in_use):
             log.info("removed %s, which no container uses any more", folder)

@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from criproxy import executable, policy, rewrite
+from criproxy import executable, forensic, policy, rewrite
 from criproxy.api import cri_pb2 as cri
 from criproxy.bundle import Bundle
-from criproxy.calls import Call, Interceptor, methods
+from criproxy.calls import Call, Interceptor, UpstreamError, methods
 from criproxy.config import Config
 from criproxy.container import Record, State
 from criproxy.containerd import Configuration
@@ -25,6 +26,7 @@ from criproxy.kubelet import Kubelet
 from criproxy.node import Node
 from criproxy.runtime import CriError, ImageConfig, Runtime, stop_signal
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
+from criproxy.scaledown import Refused
 from criproxy.seccomp import Profiles
 from criproxy.streaming import Streaming
 
@@ -64,8 +66,7 @@ class Interceptors:
             "StopContainer": self.stop_container,
             "RemoveContainer": self.remove_container,
             "ExecSync": self.exec_sync,
-            # What sleeps isn't in the archive that containerd would make.
-            "CheckpointContainer": self.into_container,
+            "CheckpointContainer": self.checkpoint_container,
             "Exec": self.stream,
             "Attach": self.stream,
             "PortForward": self.port_forward,
@@ -320,13 +321,57 @@ class Interceptors:
                 probes.command_done(argv, response)
         return response
 
-    async def into_container(self, call: Call) -> bytes:
-        """CheckpointContainer: done when it is answered."""
-        member = self._node.member(cri.CheckpointContainerRequest.FromString(call.request).container_id)
-        if member is None or member.container is None:
+    async def checkpoint_container(self, call: Call) -> bytes:
+        request = cri.CheckpointContainerRequest.FromString(call.request)
+        member = self._node.member(request.container_id)
+        if member is None:
             return await call.forward()
-        async with member.container.awake(call.name):
-            return await call.forward()
+        if member.container is None or not member.record.bundle:
+            return await self._checkpoint_of_the_runtime(call, member)
+        if request.timeout < 0:
+            call.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"timeout: {request.timeout} s; 0 (none) or more would be right"
+            )
+        where = f"{member.record.namespace}/{member.record.pod}/{member.record.name}"
+        try:
+            async with asyncio.timeout(request.timeout or None):
+                info = await self._runtime.container_status(member.record.id)
+                mounts = await self._runtime.mounts(info)
+                await forensic.archive(member.container, info, mounts, Path(request.location), self._config.state_dir)
+        except forensic.LocationError as error:
+            call.abort(grpc.StatusCode.INVALID_ARGUMENT, f"location: {error}")
+        except Refused as error:
+            log.warning("%s can't be checkpointed for kubelet: %s", where, error)
+            call.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{where} can't be checkpointed: {error}")
+        except TimeoutError:
+            call.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"{where} was not checkpointed within {request.timeout} s; it goes on as before",
+            )
+        except (CriError, OSError) as error:
+            log.error("the checkpoint of %s can't be written to %s: %s", where, request.location, error)
+            call.abort(grpc.StatusCode.INTERNAL, f"the checkpoint of {where} can't be written: {error}")
+        log.info("a checkpoint of %s is in %s", where, request.location)
+        return cri.CheckpointContainerResponse().SerializeToString()
+
+    async def _checkpoint_of_the_runtime(self, call: Call, member: Member) -> bytes:
+        """Of a container without our init, or one that has ended. The runtime's own words, if it knows the call."""
+        record = member.record
+        why = record.reason or f"it is {record.state}"
+        async with contextlib.AsyncExitStack() as stack:
+            if member.container is not None:
+                why = f"it can only be frozen, {record.untouched or 'as its pod asks for'}"
+                await stack.enter_async_context(member.container.awake(call.name))
+            try:
+                return await call.forward()
+            except UpstreamError as error:
+                if error.code is grpc.StatusCode.UNIMPLEMENTED:
+                    where = f"{record.namespace}/{record.pod}/{record.name}"
+                    call.abort(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        f"{where} can't be checkpointed by criproxy: {why}; and its runtime has no CheckpointContainer",
+                    )
+                raise
 
     async def stream(self, call: Call) -> bytes:
         """Exec and Attach: the answer is a URL that the client connects to."""

@@ -3,7 +3,8 @@
 kubelet's calls don't pass here (proxy.py carries those). Pids, namespaces and an image's entrypoint aren't part of CRI:
 containerd puts them as JSON into the `info` of a verbose answer, in a form that is the same in 1.6 to 2.x:
 
-- ContainerStatus: `pid`, `sandboxID`, `snapshotter`, `snapshotKey`, `runtimeSpec` (the OCI specification)
+- ContainerStatus: `pid`, `sandboxID`, `snapshotter`, `snapshotKey`, `runtimeType`, `runtimeSpec` (the OCI
+  specification)
 - PodSandboxStatus: `pid`, `runtimeSpec`
 - ImageStatus: `imageSpec.config` (the OCI image's: Entrypoint, Cmd, Env, WorkingDir, User, StopSignal)
 """
@@ -98,6 +99,7 @@ class ContainerInfo:
     sandbox_id: str
     snapshotter: str
     snapshot_key: str
+    runtime: str  # io.containerd.runc.v2
     spec: Mapping[str, Any] = field(repr=False)  # the OCI runtime specification
 
     @property
@@ -200,6 +202,7 @@ class Runtime:
             sandbox_id=str(info.get("sandboxID") or ""),
             snapshotter=str(info.get("snapshotter") or ""),
             snapshot_key=str(info.get("snapshotKey") or ""),
+            runtime=str(info.get("runtimeType") or ""),
             spec=_at(info, "runtimeSpec") or {},
         )
 

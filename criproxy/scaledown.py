@@ -14,6 +14,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
@@ -42,7 +43,7 @@ class Wanted(Refused):
 
 
 class Lost(Exception):
-    """The application could only have been started afresh, where it was to be stopped: its container was killed. Why,
+    """The application could only be started afresh, and it is to be stopped: its container is to be killed instead. Why,
     for people."""
 
 
@@ -53,6 +54,10 @@ class Method(Protocol):
     async def down(self, wanted: asyncio.Event) -> int:
         """Returns the bytes that are kept on disk. Raises Refused; then the application goes on. If `wanted` is set
         meanwhile it raises Wanted, if that brings the application back sooner."""
+
+    def hand_out(self, folder: Path) -> bool:
+        """While it is scaled down: puts the checkpoint into the new folder, for somebody else. False if it has to run
+        for that. Raises Refused."""
 
     async def up(self, stops: Callable[[], bool]) -> str:
         """Brings the application back, whatever it takes. Returns what a person has to be told (state was lost).
@@ -92,6 +97,9 @@ class Workload(Protocol):
 
     async def restore(self, *, lazily: bool) -> None:
         """Raises RestoreError; what a failed attempt left is gone then. `lazily`: memory may be loaded afterwards."""
+
+    def hand_out(self, folder: Path) -> None:
+        """Puts the checkpoint into the new folder, too. Raises OSError."""
 
     def kept(self) -> bool:
         """Whether there is a checkpoint, be it that the processes are back or not."""
@@ -173,6 +181,9 @@ class Restart:
             raise Refused(str(error)) from error
         return 0
 
+    def hand_out(self, folder: Path) -> bool:
+        raise Refused("it was ended while it is idle, and is started afresh when it is wanted: there is no checkpoint")
+
     async def up(self, stops: Callable[[], bool]) -> str:
         await self._start_afresh()
         return ""
@@ -218,6 +229,15 @@ class Checkpoint(Restart):
         self._gate.stand_in(self._workload.streams())
         return size
 
+    def hand_out(self, folder: Path) -> bool:
+        if not self._workload.kept():
+            raise Refused("its checkpoint isn't complete")
+        try:
+            self._workload.hand_out(folder)
+        except OSError as error:
+            raise Refused(f"its checkpoint can't be read: {error}") from error
+        return True
+
     async def up(self, stops: Callable[[], bool]) -> str:
         self._afresh = False
         if not self._workload.kept():
@@ -236,7 +256,6 @@ class Checkpoint(Restart):
 
     async def _do_without(self, why: str, stops: Callable[[], bool]) -> str:
         if stops():
-            await self._workload.kill()
             raise Lost(why)
         await self._start_afresh()
         return f"started afresh, its state was lost: {why}"
@@ -326,6 +345,9 @@ class Freeze:
         # The application's own keep-alives would end a connection whose peer's answers they don't see.
         self._gate.sockets_stay()
         return 0
+
+    def hand_out(self, folder: Path) -> bool:
+        return False
 
     async def up(self, stops: Callable[[], bool]) -> str:
         self._workload.thaw()

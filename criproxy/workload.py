@@ -129,6 +129,10 @@ class Processes:
     def thaw(self) -> None:
         self._freezer.thaw()
 
+    async def kill(self) -> None:
+        aftermath.send([self._init], signal.SIGKILL)
+        await aftermath.gone([self._init])
+
 
 class Workload(Processes):
     """The processes of a container whose PID 1 is our init. They can be checkpointed, too."""
@@ -292,10 +296,6 @@ class Workload(Processes):
             checkpoint.release(self.init_pid)
         else:
             await self.start_afresh()
-
-    async def kill(self) -> None:
-        aftermath.send([self._init], signal.SIGKILL)
-        await aftermath.gone([self._init])
 
     def discard(self) -> None:
         self._forget_loader()

@@ -7,6 +7,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from criproxy.container import Container, Record, State
 from criproxy.freezer import FreezeError
 from criproxy.pod_maps import Stream
 from criproxy.policy import Tier
-from criproxy.scaledown import Checkpoint, Freeze, Restart
+from criproxy.scaledown import Checkpoint, Freeze, Refused, Restart
 from criproxy.sockets import Flow
 
 DURATION = 0.05
@@ -42,6 +43,8 @@ class FakeWorkload:
         self.runs = True
         self.end_errors: list[Exception] = []
         self.entangled_with: str | None = None
+        self.snapshot_error: Exception | None = None
+        self.snapshot_takes_long = False
         self.freeze_errors: list[Exception] = []
         self.during_freeze: Callable[[], None] = lambda: None
 
@@ -74,6 +77,18 @@ class FakeWorkload:
         self.runs = False
         self.has_images = True
         return 42
+
+    async def snapshot(self, folder: Path, unless: asyncio.Event) -> None:
+        self.log.append(f"snapshot {folder}")
+        if self.snapshot_takes_long:
+            await unless.wait()
+            self.log.append("given up")
+            raise GivenUp("not wanted any more")
+        if self.snapshot_error:
+            raise self.snapshot_error
+
+    def hand_out(self, folder: Path) -> None:
+        self.log.append(f"hand out {folder}")
 
     def streams(self) -> dict[Flow, Stream]:
         return {}
@@ -1074,3 +1089,74 @@ async def test_it_is_not_parked_in_the_middle_of_work_that_the_network_does_not_
     assert "park_new" not in f.log
     f.workload.work = None
     await f.until(State.SCALED_DOWN)
+
+
+# --- A checkpoint for somebody else ---------------------------------------------------------------------
+
+
+async def test_what_runs_is_parked_while_it_is_checkpointed_for_somebody_and_goes_on(
+    make: Make, tmp_path: Path
+) -> None:
+    f = make(duration=0)
+    await f.container.snapshot(tmp_path / "new")
+    assert f.log == ["find", "park_all", f"snapshot {tmp_path / 'new'}", "open"]
+    assert f.states[-2:] == [State.PARKING, State.RUNNING]
+    assert f.record.checkpoints == 0
+
+
+async def test_what_sleeps_is_handed_out_without_waking_it(make: Make, tmp_path: Path) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    for _ in range(2):
+        await f.container.snapshot(tmp_path)
+    assert f.log[-2:] == [f"hand out {tmp_path}"] * 2
+    assert f.record.state is State.SCALED_DOWN
+    f.container.packet()
+    await f.until(State.RUNNING)
+
+
+async def test_what_is_frozen_runs_for_that(make: Make, tmp_path: Path) -> None:
+    f = make(tiers=(Tier.CHECKPOINT, Tier.FREEZE))
+    f.workload.dump_errors = [CheckpointError("no")]
+    await f.until(State.SCALED_DOWN)
+    f.workload.snapshot_error = CheckpointError("not even for you")
+    with pytest.raises(Refused, match="not even for you"):
+        await f.container.snapshot(tmp_path)
+    assert "thaw" in f.log
+    assert f.log[-1] == "open"
+
+
+async def test_what_was_ended_has_nothing_to_hand_out(make: Make, tmp_path: Path) -> None:
+    f = make(tiers=(Tier.RESTART,))
+    await f.until(State.SCALED_DOWN)
+    with pytest.raises(Refused, match="there is no checkpoint"):
+        await f.container.snapshot(tmp_path)
+    assert f.record.state is State.SCALED_DOWN
+
+
+async def test_who_asks_for_a_checkpoint_and_goes_gives_it_up(make: Make, tmp_path: Path) -> None:
+    f = make(duration=0)
+    f.workload.snapshot_takes_long = True
+    asking = asyncio.create_task(f.container.snapshot(tmp_path))
+    waiting = asyncio.create_task(f.container.snapshot(tmp_path))
+    await f.until(State.PARKING)
+    waiting.cancel()
+    asking.cancel()
+    await asyncio.wait([asking, waiting])
+    assert (asking.cancelled(), waiting.cancelled()) == (True, True)
+    assert f.record.state is State.RUNNING
+    assert f.log[-2:] == ["given up", "open"]
+
+
+async def test_who_waits_for_a_checkpoint_of_a_container_that_ends_is_told_so(make: Make, tmp_path: Path) -> None:
+    f = make(duration=0)
+    f.workload.snapshot_takes_long = True
+    asking = [asyncio.create_task(f.container.snapshot(tmp_path)) for _ in range(2)]
+    await f.until(State.PARKING)
+    await f.container.exited()
+    for one in asking:
+        with pytest.raises(Refused, match="it has ended"):
+            await one
+    with pytest.raises(Refused, match="it has ended"):
+        await f.container.snapshot(tmp_path)
+    assert f.record.state is State.EXITED
