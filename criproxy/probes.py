@@ -165,13 +165,16 @@ class Probes:
     # --- for the next daemon -------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Raises OSError."""
+        """What can't be written costs a wake at most, after the daemon's next start."""
         if self._path is None:
             return
         entries = [_to_json(probe, known.result) for probe, known in self._known.items() if known.result.ok]
         draft = self._path.with_suffix(".new")
-        draft.write_text(json.dumps({"format": _FORMAT, "probes": entries}))
-        draft.replace(self._path)
+        try:
+            draft.write_text(json.dumps({"format": _FORMAT, "probes": entries}))
+            draft.replace(self._path)
+        except OSError as error:
+            log.warning("%s can't be written: %s", self._path, error.strerror)
 
     def _load(self) -> None:
         if self._path is None:

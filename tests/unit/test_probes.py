@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import ssl
 import time
 from pathlib import Path
@@ -377,6 +378,7 @@ class Grpc:
 
     def __init__(self, table: Probes, path: str = grpc_health.PATH, service: str = "") -> None:
         self.wire = Wire(table, 5000)
+        self.sent: dict[bool, list[bytes]] = {True: [], False: []}
         self.client, self.server = H2Connection(), H2Connection(H2Configuration(client_side=False))
         self.client.initiate_connection()
         self.server.initiate_connection()
@@ -394,6 +396,7 @@ class Grpc:
     def exchange(self) -> None:
         for sender, receiver, way in ((self.client, self.server, True), (self.server, self.client, False)):
             if data := sender.data_to_send():
+                self.sent[way].append(data)
                 # In pieces that don't keep to frames.
                 for i in range(0, len(data), 20):
                     self.wire.packet(way, data[i : i + 20])
@@ -512,6 +515,31 @@ def test_a_flood_on_one_connection_is_bounded(table: Probes) -> None:
     assert table.under_way()
 
 
+def test_no_bytes_bring_about_an_error(
+    table: Probes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "BEGINNINGS_PER_SECOND", 1e9)
+    chance = random.Random(5)
+    call = Grpc(table)
+    requests = [GET, HELLO, grpc_health.PREFACE + bytes(9), b"".join(call.sent[True])]
+    answers = [OK, UNAVAILABLE, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n", HELLO]
+    answers.append(b"".join(call.sent[False]))
+    for _ in range(300):
+        wire = Wire(table, visitor=chance.choice([KUBELET, LOOPBACK]), syn=chance.random() < 0.8)
+        for incoming, choices in ((True, requests), (False, answers)) * 2:
+            data = bytearray(chance.choice(choices))
+            for _ in range(chance.choice([0, 1, 10])):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            middle = chance.randrange(len(data))
+            for part in (data[:middle], data[middle:]):
+                ends = {"fin": chance.random() < 0.1, "rst": chance.random() < 0.1}
+                wire.packet(incoming, bytes(part), length=len(part) + chance.choice([0, 0, 0, 9]), **ends)
+        table.failing()
+        table.under_way()
+        table.ports()
+    assert "can't be understood" not in caplog.text
+
+
 # --- the next daemon -------------------------------------------------------------------------------------------
 
 
@@ -549,3 +577,10 @@ def test_the_file_has_no_more_than_the_successes(tmp_path: Path) -> None:
     probed(table, UNAVAILABLE)
     table.save()
     assert json.loads(path.read_text())["probes"] == []
+
+
+def test_a_full_disk_is_no_more_than_a_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = Probes(tmp_path / "missing" / "probes.json")
+    probed(table)
+    table.save()
+    assert "can't be written" in caplog.text
