@@ -108,8 +108,11 @@ class Stream:
 
     def _send(self, kind: int, data: bytes) -> None:
         length = len(data)
-        size = bytes([0x80 | length]) if length < 126 else struct.pack(">BH", 0x80 | 126, length)
-        if length > 0xFFFF:
+        if length < 126:
+            size = bytes([0x80 | length])
+        elif length <= 0xFFFF:
+            size = struct.pack(">BH", 0x80 | 126, length)
+        else:
             size = struct.pack(">BQ", 0x80 | 127, length)
         # Clients have to mask; a mask of zeros leaves the data as it is.
         self._connection.sendall(bytes([0x80 | kind]) + size + bytes(4) + data)
