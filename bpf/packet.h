@@ -97,8 +97,8 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p, int in
 	} else {
 		return -1;
 	}
-	if (!end) /* BIG TCP: the length is in the skb alone. Rounded up; it has payload for certain. */
-		end = skb->len;
+	if (!end) /* BIG TCP: the length is in the skb alone. On a link without link headers it is some bytes more. */
+		end = skb->len - ETH_HLEN;
 
 	if (p->four.proto == IPPROTO_TCP) {
 		struct tcphdr tcp;

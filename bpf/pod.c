@@ -95,22 +95,20 @@ static __always_inline int active(const struct packet *p)
 	return p->four.proto == IPPROTO_UDP || p->payload || (p->flags & SYN);
 }
 
-static __noinline int note(const struct four *four, int incoming, __u64 now)
+/* What is sent once more isn't news: it may cross with its answer, and would look like another request then. */
+static __noinline int note(const struct four *four, const struct packet *p, int incoming, __u64 now)
 {
 	struct talk *known = bpf_map_lookup_elem(&talks, four), fresh = {};
+	struct talk *talk = known ? known : &fresh;
+	__u64 *last = incoming ? &talk->in : &talk->out;
+	__u32 *end = incoming ? &talk->in_end : &talk->out_end;
+	__u32 ends = p->seq + p->payload;
 
-	if (known) {
-		if (incoming)
-			known->in = now;
-		else
-			known->out = now;
+	if (*last && !(p->flags & SYN) && (__s32)(ends - *end) <= 0)
 		return 0;
-	}
-	if (incoming)
-		fresh.in = now;
-	else
-		fresh.out = now;
-	return bpf_map_update_elem(&talks, four, &fresh, BPF_ANY);
+	*last = now;
+	*end = ends;
+	return known ? 0 : bpf_map_update_elem(&talks, four, &fresh, BPF_ANY);
 }
 
 /* `owner` NULL: nobody's. A UDP port that isn't listed is nobody's and counts for none: DNS answers, mostly. */
@@ -248,7 +246,7 @@ int ingress(struct __sk_buff *skb)
 		__u64 now = bpf_ktime_get_ns();
 
 		if (p.four.proto == IPPROTO_TCP)
-			note(&p.four, 1, now);
+			note(&p.four, &p, 1, now);
 		if (skb->ifindex == LO) {
 			/* Both ends are the pod's. What one container sends another isn't activity of a third. */
 			struct four back = {.local_port = p.four.remote_port, .remote_port = p.four.local_port,
@@ -260,7 +258,7 @@ int ingress(struct __sk_buff *skb)
 			__builtin_memcpy(back.local, p.four.remote, 16);
 			__builtin_memcpy(back.remote, p.four.local, 16);
 			if (p.four.proto == IPPROTO_TCP)
-				note(&back, 0, now);
+				note(&back, &p, 0, now);
 			sent = own(&back, &sender, &other);
 			if (sent)
 				count(&p, &sender, 0, now);
@@ -320,7 +318,7 @@ int egress(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	now = bpf_ktime_get_ns();
 	if (p.four.proto == IPPROTO_TCP)
-		note(&p.four, 0, now);
+		note(&p.four, &p, 0, now);
 	count(&p, own(&p.four, &owner, &flow) ? &owner : NULL, 0, now);
 	return TC_ACT_UNSPEC;
 }

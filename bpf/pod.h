@@ -83,10 +83,12 @@ struct flow {
 	__u32 tsval;  /* stands still while it sleeps, for the restored socket goes on from here */
 };
 
-/* When a TCP connection of the pod, whoever's, had SYN or payload last. CLOCK_MONOTONIC in ns, 0 for not seen. */
+/* When a TCP connection of the pod, whoever's, had SYN or new payload last. CLOCK_MONOTONIC in ns, 0 for not seen. */
 struct talk {
 	__u64 in;
 	__u64 out;
+	__u32 in_end; /* sequence number of what comes next in this direction */
+	__u32 out_end;
 };
 
 /* Whose connections are looked at before they count as activity. */

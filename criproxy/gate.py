@@ -300,7 +300,7 @@ class Gate:
             return None
         # The kernel's clocks have the ticks of its timer: a request within the tick of the last answer looks as if they
         # came together, and so does a connection that was just made, or restored, and has had no request at all. Those
-        # of the hook are exact, but take a segment that was sent twice for a new one.
+        # of the hook are exact, but take what the kernel has thrown away for a request.
         later = s.last_received < s.last_sent if talk is None else talk.received > talk.sent
         if incoming and later and s.last_received <= s.last_sent:
             return f"a request from {_address(s)} to port {s.local[1]} waits for its answer since {since:.1f} s"

@@ -31,7 +31,7 @@ _PORT: Final = struct.Struct("=2sBx")
 _OWNER: Final = struct.Struct("=II")
 _FOUR: Final = struct.Struct("=16s16s2s2sB3x")
 _FLOW: Final = struct.Struct("=6I")
-_TALK: Final = struct.Struct("=2Q")
+_TALK: Final = struct.Struct("=2Q2I")
 _VISIT: Final = struct.Struct("=5I4B")
 _RECORD: Final = struct.Struct("=HBx4IHBBQ")
 _COPY: Final = struct.Struct("=40s4IQ3B5x")
@@ -182,7 +182,7 @@ class Activity:
 
 @dataclass(frozen=True)
 class Talk:
-    """When a TCP connection had payload or a SYN last, in time.monotonic() seconds; 0.0 for not seen."""
+    """When a TCP connection had new payload or a SYN last, in time.monotonic() seconds; 0.0 for not seen."""
 
     received: float
     sent: float
@@ -257,7 +257,7 @@ def flow_value(slot: int, stream: Stream | None = None) -> bytes:
 
 
 def talk(value: bytes) -> Talk:
-    received, sent = _TALK.unpack(value)
+    received, sent = _TALK.unpack(value)[:2]
     return Talk(received / 1e9, sent / 1e9)
 
 

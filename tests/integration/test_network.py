@@ -160,17 +160,48 @@ async def test_a_keepalive_with_a_byte_is_not_activity(net: Topology, hook: Hook
         ):
             await ask(client, b"x")
             await asyncio.sleep(0.1)
-            client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
-            numbers = []
-            for queue in (2, 1):  # what was sent, what was received
-                client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
-                numbers.append(client.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF)
-            client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, -1)
+            sent, received = sequence_numbers(client)
             before = hook.network.activity(0)
-            raw.sendto(segment(client.getsockname(), (POD4, 80), numbers[0] - 1, numbers[1], 0x10, b"x"), (POD4, 0))
+            raw.sendto(segment(client.getsockname(), (POD4, 80), sent - 1, received, 0x10, b"x"), (POD4, 0))
             assert hook.network.activity(0) == before
-            raw.sendto(segment(client.getsockname(), (POD4, 80), numbers[0], numbers[1], 0x18, b"x"), (POD4, 0))
+            raw.sendto(segment(client.getsockname(), (POD4, 80), sent, received, 0x18, b"x"), (POD4, 0))
             assert hook.network.activity(0).received > before.received
+
+
+def sequence_numbers(client: socket.socket) -> tuple[int, int]:
+    """The next ones in each direction: to be sent, to be received."""
+    client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    numbers = []
+    for queue in (2, 1):
+        client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+        numbers.append(client.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF)
+    client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, -1)
+    return numbers[0], numbers[1]
+
+
+async def test_a_request_that_is_sent_once_more_is_no_other_request(net: Topology, hook: Hook) -> None:
+    async with serving(net):
+        with (
+            closing(await connect(net, "peer", POD4)) as client,
+            closing(make_socket(net.peer, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
+        ):
+            flow = Flow("tcp", (POD4, 80), client.getsockname())
+            await ask(client, b"request")
+            await asyncio.sleep(0.1)
+            sent, received = sequence_numbers(client)
+            answered = hook.network.talk(flow)
+            assert answered is not None
+            assert answered.sent > answered.received
+            for data in (b"request", b"quest"):
+                again = segment(client.getsockname(), (POD4, 80), sent - len(data), received, 0x18, data)
+                raw.sendto(again, (POD4, 0))
+                assert hook.network.talk(flow) == answered
+            # A client's kernel may repeat together with what is new. (The checksum is wrong, so the server won't see it.)
+            longer = segment(client.getsockname(), (POD4, 80), sent - 5, received, 0x18, b"quest, another")
+            raw.sendto(longer[:-1] + b"!", (POD4, 0))
+            talk = hook.network.talk(flow)
+            assert talk is not None
+            assert talk.received > answered.sent
 
 
 async def test_outgoing_connections_count_for_every_slot(net: Topology, hook: Hook) -> None:
