@@ -221,8 +221,8 @@ class _Visit:
 
     async def _last_words(self, data: bytes) -> None:
         await self._loop.sock_sendall(self._client, data)
-        self._client.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(TimeoutError, ConnectionError):
+        with contextlib.suppress(OSError):  # it may be gone by now, or stay for too long
+            self._client.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(CLOSE_SECONDS):
                 while await self._loop.sock_recv(self._client, _CHUNK):
                     pass
@@ -310,6 +310,8 @@ class _Visit:
         lesson = _Lesson(self._answerer.probes, self._flow, self._visitor) if isinstance(wants, Probe) else None
         who = "kubelet" if self._visitor is Visitor.KUBELET else "within the pod"
         why = str(wants) if lesson else f"a connection from {who} to {self._flow.port}"
+        if self._answerer.is_down():
+            log.info("%s is woken by %s", self._flow.port, why)
         async with contextlib.AsyncExitStack() as hold, contextlib.AsyncExitStack() as connection:
             await hold.enter_async_context(self._answerer.awake(why))
             application = await self._connect(isinstance(client, _Secure))
@@ -409,7 +411,8 @@ class _Plain(_End):
         await self._loop.sock_sendall(self._socket, data)
 
     async def end(self) -> None:
-        self._socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # a peer that is gone shows where it is read from
+            self._socket.shutdown(socket.SHUT_WR)
 
     async def close(self) -> None:
         self._socket.close()
