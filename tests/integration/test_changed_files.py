@@ -6,17 +6,17 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from box import Box, until
 
-from criproxy import checkpoint, namespaces
+from criproxy import checkpoint
 from criproxy.checkpoint import CheckpointError, Criu
+from lab.volumes import mounted, project
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
 
@@ -106,22 +106,6 @@ async def test_a_mapped_file_a_program_and_a_current_folder(box: Callable[..., B
         ask(container, "('xxx', True, None)")
 
 
-def projected(volume: Path, version: str) -> None:
-    """As kubelet writes secrets, config maps and tokens (pkg/volume/util/atomic_writer.go): a new folder with a new
-    link to it, which is renamed; then the old folder is removed."""
-    old = volume / os.readlink(volume / "..data") if (volume / "..data").is_symlink() else None
-    folder = volume / f"..{version}"
-    folder.mkdir(mode=0o755)
-    (folder / "token").write_text(version)
-    (volume / "..data_tmp").symlink_to(folder.name)
-    (volume / "..data_tmp").rename(volume / "..data")
-    if old is None:
-        (volume / "token").symlink_to("..data/token")
-    else:
-        (old / "token").unlink()
-        old.rmdir()
-
-
 WATCHING = """
     import select, struct
     libc = ctypes.CDLL(None)
@@ -161,32 +145,23 @@ async def test_a_volume_that_kubelet_replaces(
     # What it has open is there for as long; what is watched is gone when nobody has it any more.
     first, then = ("1 ", "") if opened else ("", "file deleted file ignored")
     prepare = WATCHING if opened else WATCHING.replace("old = open('/volume/token')", "old = open('/dev/null')")
-    with tmpfs(volume) if kind == "tmpfs" else contextlib.nullcontext():
-        projected(volume, "1")
+    with mounted(volume, "-t", "tmpfs", "tmpfs") if kind == "tmpfs" else contextlib.nullcontext():
+        project(volume, "1")
         answer = "' '.join([old.seek(0) or old.read(), open('/volume/token').read(), events()])"
         container = box(*program(prepare, answer), change=mount)
         container.hear("ready\n")
         ask(container, f"{first.strip()} 1 ")
-        await sleeping(container, criu, images, lambda: projected(volume, "2"))
+        await sleeping(container, criu, images, lambda: project(volume, "2"))
         ask(container, f"{first.strip()} 2 {then}")
         if kind == "tmpfs" and opened:
             # CRIU finds no path for the watch any more.
             with pytest.raises(CheckpointError, match="watches a file"):
                 await criu.dump(container.pid, images)
         else:
-            await sleeping(container, criu, images, lambda: projected(volume, "3"))
+            await sleeping(container, criu, images, lambda: project(volume, "3"))
             ask(container, f"{first.strip()} 3 ")
-        projected(volume, "4")
+        project(volume, "4")
         ask(container, f"{first.strip()} 4 volume moved")
-
-
-@contextlib.contextmanager
-def tmpfs(folder: Path) -> Iterator[None]:
-    namespaces.mount("tmpfs", folder, "tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 async def test_a_watched_file_that_is_deleted_meanwhile(box: Callable[..., Box], criu: Criu, images: Path) -> None:

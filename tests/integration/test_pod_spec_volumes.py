@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from specimen import QUICK, Specimen, eventually, seen, wait_for
 from criproxy.api import cri_pb2 as cri
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet, Pod
+from lab.volumes import mounted, project, sub_path
 
 
 @pytest.fixture
@@ -30,18 +30,6 @@ def restored(daemon: Daemon, specimen: Specimen) -> None:
     """It is what it was, rather than started afresh."""
     assert "afresh" not in seen(daemon, specimen.id).reason
     assert specimen.log == ["listening"]
-
-
-@contextlib.contextmanager
-def bind(source: Path, target: Path) -> Iterator[Path]:
-    """As kubelet does for a subPath: the volume's file or folder is mounted to a place of its own, and that into the
-    container (pkg/volume/util/subpath)."""
-    target.mkdir() if source.is_dir() else target.touch()
-    subprocess.run(["mount", "--bind", source, target], check=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", "--lazy", target], check=True)
 
 
 def replaced(path: Path, text: str) -> None:
@@ -67,7 +55,7 @@ def test_a_file_by_sub_path_that_is_changed_while_it_sleeps(
     volume.mkdir()
     file = volume / "config"
     file.write_text("one\n")
-    with bind(file, tmp_path / "sub-path") as source:
+    with sub_path(file, tmp_path / "sub-path") as source:
         specimen = Specimen.run(pod, program, mounts={source: "/etc/config"})
         specimen.tell("open /etc/config")
         for turn in (lambda: change(file), lambda: None):
@@ -83,7 +71,7 @@ def test_a_folder_by_sub_path_that_is_replaced_while_it_sleeps(
 ) -> None:
     volume = tmp_path / "volume"
     (volume / "data").mkdir(parents=True)
-    with bind(volume / "data", tmp_path / "sub-path") as source:
+    with sub_path(volume / "data", tmp_path / "sub-path") as source:
         specimen = Specimen.run(pod, program, mounts={source: "/data"})
         specimen.tell("open /data/file")
         specimen.tell("write one")
@@ -97,6 +85,30 @@ def test_a_folder_by_sub_path_that_is_replaced_while_it_sleeps(
         (volume / "old").rmdir()
         specimen.tell("write three")
         assert specimen.ask("read") == "one/two/three/"
+        restored(daemon, specimen)
+        pod.remove()
+
+
+def test_a_projected_volume_that_is_replaced_while_it_sleeps(
+    pod: Pod, program: Path, daemon: Daemon, tmp_path: Path
+) -> None:
+    """Tokens, secrets, config maps. What it has open is the old file, as without us; what it opens is the new one."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+
+    def read_only(config: cri.ContainerConfig) -> None:
+        next(mount for mount in config.mounts if mount.container_path == "/secrets").readonly = True
+
+    with mounted(volume, "-t", "tmpfs", "tmpfs"):
+        project(volume, "token-0")
+        specimen = Specimen.run(pod, program, mounts={volume: "/secrets"}, change=read_only)
+        specimen.tell("open /secrets/token")
+        for number in range(3):
+            asleep(daemon, specimen)
+            project(volume, f"token-{number + 1}")
+            assert specimen.ask("read") == f"token-{number}"
+            specimen.tell("open /secrets/token")
+            assert specimen.ask("read") == f"token-{number + 1}"
         restored(daemon, specimen)
         pod.remove()
 
@@ -161,8 +173,7 @@ def test_an_empty_dir_in_memory_and_one_that_is_read_only(
     def read_only(config: cri.ContainerConfig) -> None:
         next(mount for mount in config.mounts if mount.container_path == "/fixed").readonly = True
 
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", memory], check=True)
-    try:
+    with mounted(memory, "-t", "tmpfs", "tmpfs"):
         mounts = {memory: "/memory", fixed: "/fixed"}
         specimen = Specimen.run(pod, program, mounts=mounts, change=read_only)
         specimen.tell("open /memory/file")
@@ -176,8 +187,6 @@ def test_an_empty_dir_in_memory_and_one_that_is_read_only(
         assert specimen.container.exec_sync("touch", "/fixed/other").exit_code == 1
         restored(daemon, specimen)
         pod.remove()
-    finally:
-        subprocess.run(["umount", "--lazy", memory], check=True)
 
 
 def test_what_is_mounted_on_the_host_while_it_sleeps(pod: Pod, program: Path, daemon: Daemon, tmp_path: Path) -> None:
@@ -237,15 +246,6 @@ def test_what_it_has_mounted_for_the_host_itself(
         restored(daemon, specimen)
         pod.remove()
         subprocess.run(["umount", "--lazy", shared / "below"], check=True)
-
-
-@contextlib.contextmanager
-def mounted(target: Path, *arguments: str | Path) -> Iterator[None]:
-    subprocess.run(["mount", *arguments, target], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", target], check=True)
 
 
 def test_fs_group(pod: Pod, program: Path, daemon: Daemon, tmp_path: Path) -> None:
