@@ -139,9 +139,11 @@ class Gate:
         those that were opened meanwhile and don't outlive it."""
         self._commands += 1
         self._watch_commands()
+        began = time.monotonic()
         try:
             yield
         finally:
+            self._probes.spent(began, time.monotonic())
             self._commands -= 1
             self._watch_commands()
 
@@ -315,7 +317,8 @@ class Gate:
         """When a connection that no slot's port explains was used last, unless it is another container's for certain.
 
         For certain: its socket is there and isn't ours, or it came in to a port on which somebody else listens. What is
-        closed by now, and was opened from inside the pod, may have been ours.
+        closed by now, and was opened from inside the pod, may have been ours. What is said while a probe is under way
+        doesn't count: an application that asks its database whether it is ready would never sleep.
         """
         inodes = self._socket_inodes()
         tcp = [s for s in self._network.sockets(["tcp"]) if s.inode]
@@ -332,7 +335,8 @@ class Gate:
             complete = complete or talk.last >= activity.others
             if flow.port in self._quiet or (back in talks and back.port in self._quiet):
                 continue  # also before it is known who listens there
-            if flow in own or (flow not in foreign and flow.port not in foreign_ports):
+            may_be_own = flow in own or (flow not in foreign and flow.port not in foreign_ports)
+            if may_be_own and not self._probes.during(talk.last):
                 latest = max(latest, talk.last)
         return latest if complete else activity.others
 

@@ -7,8 +7,10 @@ container sleeps, `answering.py` and the interceptors give from here what the ap
 from __future__ import annotations
 
 import base64
+import bisect
 import json
 import logging
+import math
 import shlex
 import time
 from collections import OrderedDict
@@ -39,6 +41,11 @@ UNDER_WAY_SECONDS: Final = 10.0
 """How long after its last packet a probe without an answer is taken for one that is still under way."""
 FAILURE_SECONDS: Final = 600.0
 """How long a failure counts that isn't repeated. Whoever asks the same later is an unknown probe, and wakes."""
+AFTERWARDS_SECONDS: Final = 0.1
+"""What an application does for the sake of a probe it may end a little later: a connection to a database is closed, or
+given back."""
+SPANS: Final = 4096
+"""Times of probes that are remembered. Kubelet's default is 360 an hour and kind."""
 COMMAND_BYTES: Final = 64 << 10
 """The longest command, and the longest answer of one, that is kept. Kubelet reads 10 KiB of what a probe prints."""
 
@@ -72,6 +79,8 @@ class Probes:
         self._tls = tls
         self._known: OrderedDict[Probe | Command, _Known] = OrderedDict()
         self._conversations: OrderedDict[Flow, Conversation] = OrderedDict()
+        self._spans: list[tuple[float, float]] = []
+        """When probes were under way, in their order and apart from each other."""
         self._beginnings = float(BEGINNINGS)
         self._began_at = 0.0
         self._load()
@@ -88,6 +97,8 @@ class Probes:
         self._conversations.move_to_end(packet.flow)
         while len(self._conversations) > CONVERSATIONS:
             self._conversations.popitem(last=False)
+        asked = conversation.under_way() is not None
+        since = max(conversation.last, packet.time - UNDER_WAY_SECONDS) if asked and conversation.last else packet.time
         try:
             for probe, result in conversation.add(packet):
                 self.learn(probe, result, packet.time)
@@ -95,7 +106,17 @@ class Probes:
             # The bytes are a container's: whatever they bring about stays here.
             log.exception("a packet of %s can't be understood", packet.flow)
             return Verdict.OTHER
+        if asked or conversation.under_way() is not None:
+            self.spent(since, packet.time)
         return conversation.verdict
+
+    def spent(self, began: float, ended: float) -> None:
+        """Meanwhile a probe was under way."""
+        while self._spans and began <= self._spans[-1][1] + AFTERWARDS_SECONDS:
+            last = self._spans.pop()
+            began, ended = min(began, last[0]), max(ended, last[1])
+        self._spans.append((began, ended))
+        del self._spans[:-SPANS]
 
     def command_done(self, argv: Sequence[str], response: bytes | None) -> None:
         """An exec probe has ended. `response`: its serialised ExecSyncResponse; None: it couldn't run, or timed out."""
@@ -161,6 +182,11 @@ class Probes:
             if conversation.last >= earliest and (probe := conversation.under_way()) is not None:
                 return f"{probe} is under way"
         return None
+
+    def during(self, moment: float) -> bool:
+        """Whether a probe was under way at that time, so that what the application did then may be for its sake."""
+        place = bisect.bisect_right(self._spans, (moment, math.inf)) - 1
+        return place >= 0 and moment <= self._spans[place][1] + AFTERWARDS_SECONDS
 
     # --- for the next daemon -------------------------------------------------------------------------------
 

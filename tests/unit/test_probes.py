@@ -249,6 +249,41 @@ def test_a_probe_is_under_way_for_some_seconds_only(table: Probes, monkeypatch: 
     assert table.under_way() is None
 
 
+def test_it_is_known_when_probes_were_under_way(table: Probes) -> None:
+    slow, quick = Wire(table, syn=False), Wire(table, syn=False)
+    slow.asks(GET, time=100.0)
+    quick.asks(GET, time=101.0)
+    quick.answers(OK, time=101.2)
+    slow.answers(OK, time=103.0)
+    slow.closes()
+    probed(table)
+    for moment, meanwhile in (
+        (99.9, False),
+        (100.0, True),
+        (102.0, True),
+        # What is done for it may end a little later.
+        (103.05, True),
+        (103.5, False),
+        (time.monotonic(), True),
+    ):
+        assert table.during(moment) is meanwhile, moment
+
+
+def test_a_silent_connection_is_none_for_long(table: Probes) -> None:
+    wire = Wire(table, syn=False)
+    wire.packet(True, syn=True, time=100.0)
+    wire.asks(GET, time=200.0)
+    assert not table.during(150.0)
+    assert table.during(199.0)
+
+
+def test_times_of_probes_are_bounded(table: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "SPANS", 2)
+    for began in (1.0, 2.0, 3.0):
+        table.spent(began, began + 0.1)
+    assert [table.during(moment) for moment in (1.0, 2.0, 3.0)] == [False, True, True]
+
+
 def test_an_old_failure_is_forgotten(table: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
     probed(table, UNAVAILABLE)
     now = time.monotonic()
