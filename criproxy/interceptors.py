@@ -32,6 +32,9 @@ from criproxy.streaming import Streaming
 
 log = logging.getLogger(__name__)
 
+EXIT_SECONDS = 5.0
+"""How long containerd may take to notice that a container has ended."""
+
 
 class Interceptors:
     def __init__(
@@ -244,7 +247,16 @@ class Interceptors:
         # Awake first, so that the application gets its stop signal and can save its state in the grace period.
         async with member.container.stopping("StopContainer"):
             self._deliver_stop_signal(member)
+            if member.record.state is State.EXITED:
+                await self._noticed(member.record.id)
             return await self._ended(call, member)
+
+    async def _noticed(self, container_id: str) -> None:
+        """Waits until containerd, too, knows of a container's end: it fails a stop that meets the end of the shim."""
+        with contextlib.suppress(CriError, TimeoutError):
+            async with asyncio.timeout(EXIT_SECONDS):
+                while (await self._runtime.container_status(container_id)).running:
+                    await asyncio.sleep(0.02)
 
     def _dies_asleep(self, member: Member) -> bool:
         on_stop = self._node.sandboxes[member.record.sandbox_id].policy.on_stop
