@@ -173,6 +173,7 @@ class Gate:
                 return f"a handshake on port {s.port} is under way"
         own = self._own_sockets()
         listening = {s.port for s in own if s.listening}
+        flows = {s.flow for s in own}
         for s in own:
             if s.listening and s.receive_queue:
                 return f"a connection to port {s.port} waits to be accepted"
@@ -180,6 +181,8 @@ class Gate:
                 return f"a connection to {_address(s)} is being opened"
             if not s.listening and s.send_queue:
                 return f"data to {s.remote[0]} is not acknowledged yet"
+            if Flow(s.proto, s.remote, s.local) in flows:
+                continue  # it talks to itself (etcd does, over HTTP/2): nobody else waits for an answer to that
             if busy := self._busy(s, incoming=s.port in listening):
                 return busy
         return None

@@ -427,6 +427,17 @@ def test_the_ports_of_one_that_is_gone_are_nobody_s(network: FakeNetwork) -> Non
     assert network.assigned == (set(), set())
 
 
+def test_what_it_says_to_itself_waits_for_no_answer(network: FakeNetwork) -> None:
+    made = gate(network)
+    ends = ((POD, 80), (POD, 4711))
+    for local, remote in (ends, ends[::-1]):
+        network.all.append(Socket("tcp", "ESTABLISHED", local, remote, OURS, 0, 0, 1000, 5000))
+        network.known[Flow("tcp", local, remote)] = ago(1.0, 5.0)
+    assert made.unsettled() is None
+    network.all.pop()  # its peer is somebody else
+    assert "waits for its answer" in (made.unsettled() or "")
+
+
 # --- kubelet's probes ----------------------------------------------------------------------------------------------
 
 KUBELETS = Flow("tcp", (POD, 80), (CLIENT, 50000))
