@@ -21,8 +21,8 @@ DIRECTION_BYTES: Final = 32 << 10
 """Kept of one direction of a connection at most, until it is understood."""
 _PIECES: Final = 16
 """Of one direction, that wait for others or are known to be missing."""
-_CALLS: Final = 16
-"""Health checks at once on one connection."""
+_REQUESTS: Final = 16
+"""Of one connection that are taken for probes: as many as packets of it that are copied."""
 _PROBE_AGENT: Final = "kube-probe/"
 _VARYING: Final = ("x-request-id", "traceparent", "tracestate", "b3", "x-b3-", "x-envoy-", "x-forwarded-", "forwarded")
 """Beginnings of headers that a mesh's agent adds, each time with another value: they don't tell probes apart."""
@@ -307,6 +307,7 @@ class _Http(_Talk):
         self._answering: Probe | None = None
         """Its answer isn't complete."""
         self._lost = False
+        self._requests = 0
 
     def follow(self, client: Half, server: Half) -> Iterator[tuple[Probe, Result]]:
         while not self._lost:
@@ -338,7 +339,8 @@ class _Http(_Talk):
                 raise ValueError("its request can't be known wholly")
             return False
         probe = http_probe(request, self._port, self._visitor)
-        if probe is None:
+        self._requests += 1
+        if probe is None or self._requests > _REQUESTS:
             raise ValueError("it isn't a probe's request")
         client.take(request.size)
         self._ask(probe)
@@ -404,7 +406,7 @@ class _Health(_Talk):
         if call is None:
             if not part.headers:
                 return
-            if part.headers.get(":path") != grpc_health.PATH or len(self._calls) >= _CALLS:
+            if part.headers.get(":path") != grpc_health.PATH or len(self._calls) >= _REQUESTS:
                 raise ValueError("it isn't a health check")
             call = self._calls[part.stream] = _Call(Probe(self._port, self._visitor, Kind.GRPC))
             self._ask(call.probe)

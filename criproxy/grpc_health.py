@@ -23,7 +23,7 @@ PATH: Final = "/grpc.health.v1.Health/Check"
 
 _HEADER: Final = 9
 _FRAME_BYTES: Final = 16 << 10
-_FRAMES: Final = 256
+_FRAMES: Final = 128
 """What takes more of them isn't listened to any more: a container could keep us busy with it."""
 _TABLE_BYTES: Final = 64 << 10
 """What a peer may have allowed the other to remember; we may not have heard it."""

@@ -12,6 +12,8 @@ import http.client
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -440,3 +442,8 @@ async def test_closing_resets_what_is_open(pod: Pod) -> None:
     with pytest.raises(ConnectionResetError):
         await asyncio.wait_for(reader.read(), 5)
     writer.close()
+
+
+def test_what_most_nodes_never_need_is_not_loaded() -> None:
+    code = "import sys, criproxy.answering; print([name for name in sys.modules if name.startswith('cryptography')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

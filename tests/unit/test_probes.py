@@ -575,6 +575,15 @@ def test_no_bytes_bring_about_an_error(
     assert "can't be understood" not in caplog.text
 
 
+def test_no_more_requests_on_a_connection_than_that(table: Probes) -> None:
+    wire = Wire(table)
+    verdicts = []
+    for _ in range(20):
+        verdicts.append(wire.asks(GET))
+        wire.answers(OK)
+    assert verdicts == [Verdict.PROBE] * 16 + [Verdict.OTHER] * 4
+
+
 # --- the next daemon -------------------------------------------------------------------------------------------
 
 
