@@ -26,6 +26,7 @@ from typing import Any
 
 import grpc
 
+from criproxy.api import control_pb2 as api
 from criproxy.control import ControlError, ask_status
 from criproxy.namespaces import in_network_namespace
 from lab import LabError, dialogues, plot, requirements
@@ -43,6 +44,9 @@ KINDS = ("new", "open", "idle")
 PATHS = ("IPv4", "IPv6", "lo")
 # An idle caller asks again after so many cycles of its application (at least, at most).
 IDLE_CYCLES = (5, 40)
+LOOK_SECONDS = 0.05
+# For so long it is waited for an application to sleep, before it is asked all the same.
+MOST_SECONDS_UP = 3.0
 # A run with this many failures tells nothing more by going on.
 MOST_FAILURES = 20
 # How many of the slowest requests of each application are told with what the daemon did meanwhile.
@@ -202,10 +206,8 @@ class Conductor:
         self.container = container
         self.samples: list[Sample] = []
         self.failures: list[Failure] = []
-        self.cycles = 0
-        """How often it was restored, as the daemon says."""
-        self.checkpoint_seconds = 0.1
-        """How long its last checkpoint took. PostgreSQL's processes need several times as long as redis."""
+        self.status = api.ContainerStatus(last_checkpoint_seconds=0.1)
+        """What the daemon has said last of the container."""
         self.requests = 0
         self._random = random.Random(seed)
         addresses = {"IPv4": pod.ips[0], "IPv6": pod.ips[1]}
@@ -241,16 +243,26 @@ class Conductor:
                 count = min(len(ready), self._random.choice((1, 1, 1, 2, 3, 5)))
                 spread = self._random.choice((0.0, 0.02, 0.1, 0.25))
                 self._together(threads, self._random.sample(ready, count), spread)
-                over.wait(self._pause())
+                self._pause(over)
 
-    def _pause(self) -> float:
-        """Seconds: now and then before it is idle, often while it is being checkpointed, mostly when it sleeps."""
-        draw, asleep = self._random.random(), DURATION + self.checkpoint_seconds
+    def _pause(self, over: threading.Event) -> None:
+        """Now and then until before it is idle, often until it is being checkpointed, mostly until it sleeps."""
+        draw = self._random.random()
         if draw < 0.1:
-            return self._random.uniform(0, DURATION)
-        if draw < 0.4:
-            return self._random.uniform(DURATION - 0.02, asleep)
-        return asleep + self._random.uniform(0, 0.25 if draw < 0.97 else 1.5)
+            over.wait(self._random.uniform(0, DURATION))
+        elif draw < 0.4:
+            over.wait(DURATION + self._random.uniform(-0.02, self.status.last_checkpoint_seconds))
+        else:
+            # How long that takes is the matter of the application, and of what else the machine does.
+            over.wait(DURATION)
+            deadline = time.monotonic() + MOST_SECONDS_UP
+            while self.status.state != "scaled_down" and time.monotonic() < deadline and not over.is_set():
+                over.wait(LOOK_SECONDS)
+            over.wait(self._random.uniform(0, 0.25 if draw < 0.97 else 1.5))
+
+    @property
+    def cycles(self) -> int:
+        return self.status.restores
 
     def _together(self, threads: ThreadPoolExecutor, callers: Sequence[Caller], spread: float) -> None:
         calls: list[Future[Sample]] = []
@@ -330,7 +342,7 @@ class Soak:
                 began = time.monotonic()
                 self._play(daemon, cycles, began + seconds)
                 self.seconds = time.monotonic() - began
-                self._count(daemon)
+                self._look(daemon)
                 for conductor in self.conductors:
                     conductor.check_counts()
             self._judge(daemon.service.output().splitlines(), cycles)
@@ -343,8 +355,8 @@ class Soak:
             try:
                 told = time.monotonic()
                 while not all(play.done() for play in playing):
-                    wait(playing, timeout=0.25)
-                    self._count(daemon)
+                    wait(playing, timeout=LOOK_SECONDS)
+                    self._look(daemon)
                     failures = sum(len(conductor.failures) for conductor in self.conductors)
                     if time.monotonic() - told > 5 or failures > MOST_FAILURES:
                         told = time.monotonic()
@@ -356,13 +368,10 @@ class Soak:
             for play in playing:
                 play.result()
 
-    def _count(self, daemon: Daemon) -> None:
-        found = {status.container_id: status for status in ask_status(Path(daemon.control.removeprefix("unix://")))}
+    def _look(self, daemon: Daemon) -> None:
+        statuses = {status.container_id: status for status in ask_status(Path(daemon.control.removeprefix("unix://")))}
         for conductor in self.conductors:
-            if (status := found.get(conductor.container.id)) is not None:
-                conductor.cycles = status.restores
-                if status.last_checkpoint_seconds:
-                    conductor.checkpoint_seconds = status.last_checkpoint_seconds
+            conductor.status = statuses.get(conductor.container.id, conductor.status)
 
     def _tell(self, failures: int) -> None:
         each = ", ".join(f"{c.application.image} {c.cycles}" for c in self.conductors)
