@@ -106,6 +106,11 @@ class RedisSession(_Plain):
         found = re.search(r" addr=\[?(.*?)\]?:\d+ ", info)
         _same_address(found[1] if found else "", self._address)
 
+    def client_id(self) -> int:
+        """Redis' own number of this connection: no other has it."""
+        self._socket.sendall(_resp("CLIENT", "ID"))
+        return int(self._line().removeprefix(":"))
+
     def all_keys(self) -> list[str]:
         self._socket.sendall(_resp("KEYS", "*"))
         return [self._string() for _ in range(int(self._line()[1:]))]

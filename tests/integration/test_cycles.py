@@ -180,6 +180,22 @@ def test_a_connection_lives_on_across_cycles(specimen: Specimen, daemon: Daemon)
     assert (known.checkpoints, known.restores) == (6, 5)
 
 
+def test_a_connection_is_the_same_after_a_hundred_checkpoints(kubelet: Kubelet, daemon: Daemon) -> None:
+    """One socket of the client from before the first of them, and one of redis', which knows the client's address."""
+    redis = dialogues.APPLICATIONS["redis"]
+    with kubelet.run_pod(annotations={**QUICK, "criproxy.io/scaledown-duration": "20ms"}) as pod:
+        container = pod.run("redis")
+        client.Service(pod.ip, redis.port, client.redis("PING", wanted="PONG")).wait()
+        with _connected(pod.ip, redis.port) as sock, dialogues.RedisSession(sock, "the one") as session:
+            number = session.client_id()
+            for cycle in range(1, 101):
+                # Counts, and compares the client's address with that of this socket.
+                session.ask(cycle)
+                wait_for(daemon, container.id, "scaled_down")
+            assert session.client_id() == number
+        assert seen(daemon, container.id).restores >= 100
+
+
 def test_an_outgoing_connection_lives_on(specimen: Specimen, daemon: Daemon, containerd: object) -> None:
     gateway = specimen.address.rpartition(".")[0] + ".1"
     with socket.create_server((gateway, 0)) as server:
