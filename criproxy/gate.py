@@ -150,14 +150,7 @@ class Gate:
     # --- what the state machine asks (container.Gate) ------------------------------------------------------
 
     def silent(self) -> str | None:
-        own = self._own_sockets()
-        listening = {s.port for s in own if s.listening}
-        bound = listening | {s.port for s in own if s.proto == "udp"}
-        ports = (self._declared | listening) - self._quiet
-        # Without any, those that it had stay: while it is started afresh, packets for them have to be parked, where the
-        # kernel would refuse the connections.
-        if ports:
-            self._assign(ports, bound & self._quiet)
+        ports, bound = self._learn_ports()
         if missing := self._declared - bound:
             return f"doesn't listen on {', '.join(sorted(map(str, missing)))} (yet)"
         if not ports:
@@ -286,6 +279,18 @@ class Gate:
             self._ports, self._quiet_ports = frozenset(ports), frozenset(quiet)
             self._network.assign(self._slot, self._ports, self._quiet_ports)
 
+    def _learn_ports(self) -> tuple[frozenset[Port], set[Port]]:
+        """Those at which the container is woken, declared or found, and all that it has bound."""
+        own = self._own_sockets()
+        listening = {s.port for s in own if s.listening}
+        bound = listening | {s.port for s in own if s.proto == "udp"}
+        ports = (self._declared | listening) - self._quiet
+        # Without any, those that it had stay: while it is started afresh, packets for them have to be parked, where the
+        # kernel would refuse the connections.
+        if ports:
+            self._assign(ports, bound & self._quiet)
+        return ports, bound
+
     def _own_sockets(self) -> list[Socket]:
         inodes = self._socket_inodes()
         return [s for s in self._network.sockets() if s.inode in inodes]
@@ -323,6 +328,8 @@ class Gate:
         closed by now, and was opened from inside the pod, may have been ours. What is said while a probe is under way
         doesn't count: an application that asks its database whether it is ready would never sleep.
         """
+        # What comes to a port that isn't known as its own yet would keep it busy, and its sockets unlooked at, for ever.
+        self._learn_ports()
         inodes = self._socket_inodes()
         tcp = [s for s in self._network.sockets(["tcp"]) if s.inode]
         own = {s.flow for s in tcp if s.inode in inodes}

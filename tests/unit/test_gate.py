@@ -427,6 +427,22 @@ def test_the_ports_of_one_that_is_gone_are_nobody_s(network: FakeNetwork) -> Non
     assert network.assigned == (set(), set())
 
 
+def test_a_port_is_known_as_its_own_before_it_was_ever_idle(network: FakeNetwork) -> None:
+    made = Gate(
+        network,  # type: ignore[arg-type]
+        0,
+        Probes(None),
+        declared=frozenset(),
+        socket_inodes=lambda: {OURS},
+        request_timeout=1.0,
+        parking_packets=1,
+        parking_bytes=1,
+    )
+    network.seen = Activity(0.0, 0.0, 5.0, 5.0)
+    made.last_activity()
+    assert network.assigned == ({HTTP, METRICS}, set())
+
+
 def test_what_it_says_to_itself_waits_for_no_answer(network: FakeNetwork) -> None:
     made = gate(network)
     ends = ((POD, 80), (POD, 4711))
