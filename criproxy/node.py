@@ -73,7 +73,7 @@ class Node:
     async def _netns(self, sandbox_id: str) -> str:
         netns = (await self._runtime.sandbox_status(sandbox_id)).netns
         if netns is None:
-            raise NetworkError("it uses the host's (hostNetwork)")
+            raise NetworkError("it is the host's (hostNetwork), whose packets can't be held back for one pod")
         return str(netns)
 
     async def stopped_sandbox(self, sandbox_id: str) -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from specimen import QUICK, Specimen, eventually, seen, status, wait_for
+from specimen import QUICK, Specimen, eventually, status, wait_for
 
+from criproxy import rewrite
 from criproxy.api import cri_pb2 as cri
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet
@@ -117,12 +118,13 @@ _TRACED = """
 """
 
 
-def test_a_seccomp_profile_that_our_init_could_not_live_with(
-    kubelet: Kubelet, program: Path, daemon: Daemon, tmp_path: Path
+@pytest.mark.parametrize("more", [(), rewrite.INIT_CALLS], ids=["too narrow", "wide enough"])
+def test_a_narrow_seccomp_profile(
+    more: Sequence[str], kubelet: Kubelet, program: Path, daemon: Daemon, tmp_path: Path
 ) -> None:
-    """`Localhost`: no fork, no wait, no signal taken. CRIU has no business there either."""
+    """`Localhost`. Without fork, wait or signals taken, our init couldn't even start the application."""
     profile = tmp_path / "profile.json"
-    rules = [{"names": _TRACED.split(), "action": "SCMP_ACT_ALLOW"}]
+    rules = [{"names": [*_TRACED.split(), *more], "action": "SCMP_ACT_ALLOW"}]
     profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules}))
 
     def confined(config: cri.ContainerConfig) -> None:
@@ -131,6 +133,14 @@ def test_a_seccomp_profile_that_our_init_could_not_live_with(
 
     with kubelet.run_pod(annotations=QUICK) as pod:
         specimen = Specimen.run(pod, program, change=confined)
-        assert wait_for(daemon, specimen.id, "scaled_down").tier == "freeze"
-        assert "seccomp profile" in seen(daemon, specimen.id).reason
-        assert specimen.ask("count") == "1"
+        for count in ("1", "2"):
+            found = wait_for(daemon, specimen.id, "scaled_down")
+            if more:
+                assert (found.tier, found.reason) == ("checkpoint", "")
+            else:
+                assert found.tier == "freeze"
+                assert "seccomp profile refuses clone" in found.reason
+            assert specimen.ask("count") == count
+        assert status(specimen.pid())["Seccomp"] == "2"
+        specimen.container.stop(5)
+        assert specimen.log[-1] == "caught 15"
