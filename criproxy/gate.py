@@ -328,7 +328,7 @@ class Gate:
         closed by now, and was opened from inside the pod, may have been ours. What is said while a probe is under way
         doesn't count: an application that asks its database whether it is ready would never sleep.
         """
-        # What comes to a port that isn't known as its own yet would keep it busy, and its sockets unlooked at, for ever.
+        # What comes to a port that isn't known as its own yet would keep it busy, and so its sockets unlooked at.
         self._learn_ports()
         inodes = self._socket_inodes()
         tcp = [s for s in self._network.sockets(["tcp"]) if s.inode]

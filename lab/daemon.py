@@ -73,6 +73,7 @@ class Daemon:
             # The machine's own file must not matter.
             "config": str(self.run_dir / "config.toml"),
             "log-level": "debug",
+            "kubelet-cgroup": self.lab.kubelet_cgroup,
             **({"criu-root": str(CRIU_ROOT)} if CRIU_ROOT.is_dir() else {}),
             **self._settings,
         }

@@ -355,6 +355,12 @@ def _memcached() -> list[Layer]:
     return [_base(), layer]
 
 
+def _etcd() -> list[Layer]:
+    layer = Layer()
+    layer.program(Path("/usr/bin/etcd"))
+    return [_base(), layer]
+
+
 def _newest(pattern: str) -> Path:
     """The file of the highest version in its path. Raises LabError if none is there."""
     found = sorted(Path("/").glob(pattern.lstrip("/")), key=lambda p: [int(n) for n in re.findall(r"\d+", str(p))])
@@ -512,6 +518,12 @@ RECIPES: dict[str, Recipe] = {
         stop_signal="SIGINT",
         ports=["5432/tcp"],
         volumes=["/var/lib/postgresql/data"],
+    ),
+    "etcd": Recipe(
+        _etcd,
+        entrypoint=["etcd", "--data-dir=/data"],
+        command=["--listen-client-urls=http://0.0.0.0:2379", "--advertise-client-urls=http://127.0.0.1:2379"],
+        ports=["2379/tcp"],
     ),
     "memcached": Recipe(_memcached, entrypoint=["memcached"], user="memcache", ports=["11211/tcp"]),
 }
