@@ -83,7 +83,7 @@ static __always_inline __u32 turn(struct __sk_buff *skb, __u32 network)
 }
 
 /* 0: the packet is the answer now, and has to go back where it came from. Else it has to be dropped. */
-static __noinline int answer(struct __sk_buff *skb, const struct flow *flow)
+__noinline int answer(struct __sk_buff *skb, const struct flow *flow)
 {
 	__u32 ifindex = skb->ifindex, transport, network;
 	struct link *link = bpf_map_lookup_elem(&links, &ifindex);
@@ -91,7 +91,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct flow *flow)
 	__be16 ports[2];
 	__u8 addresses[12];
 
-	if (!link)
+	if (!link || !flow)
 		return -1;
 	network = link->header;
 	if (network == ETH_HLEN) {

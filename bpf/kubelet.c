@@ -16,9 +16,6 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
-#define AF_INET 2
-#define AF_INET6 10
-
 SEC("sockops")
 int opening(struct bpf_sock_ops *socket)
 {

@@ -12,6 +12,9 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#define AF_INET 2 /* linux/socket.h has them for the kernel alone */
+#define AF_INET6 10
+
 /* Addresses are IPv6 or IPv4-mapped; local is the pod's end. */
 struct four {
 	__u32 local[4];

@@ -10,6 +10,7 @@
 struct packet {
 	struct four four;
 	__u32 payload;
+	__u32 data; /* where it begins, from the network header on */
 	__u32 seq;
 	__u8 flags;
 };
@@ -18,6 +19,16 @@ struct packet {
 #define SYN 0x02
 #define RST 0x04
 #define ACK 0x10
+
+/* The same connection from its other end. */
+static __always_inline void turned(struct four *four)
+{
+	struct four back = {.local_port = four->remote_port, .remote_port = four->local_port, .proto = four->proto};
+
+	__builtin_memcpy(back.local, four->remote, 16);
+	__builtin_memcpy(back.remote, four->local, 16);
+	*four = back;
+}
 
 static __always_inline long load(struct __sk_buff *skb, __u32 offset, void *to, __u32 length)
 {
@@ -55,6 +66,15 @@ __noinline __u32 walk(struct __sk_buff *skb, __u32 next)
 		next = head[0];
 	}
 	return 0;
+}
+
+/* Where the network header is in the frame. (Payload isn't reached from there by `load`: it may be in other pages.) */
+static __always_inline __u32 network_header(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct link *link = bpf_map_lookup_elem(&links, &ifindex);
+
+	return link ? link->header : ETH_HLEN;
 }
 
 /* 0: a TCP or UDP packet, described in `p`. */
@@ -111,6 +131,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p, int in
 		p->seq = bpf_ntohl(tcp.seq);
 		p->flags = ((__u8 *)&tcp)[13];
 		headers = offset + tcp.doff * 4;
+		p->data = headers;
 		p->payload = end > headers ? end - headers : 0;
 	} else if (p->four.proto == IPPROTO_UDP) {
 		struct udphdr udp;

@@ -25,6 +25,7 @@
  */
 #include "answer.h"
 #include "packet.h"
+#include "visitor.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -50,30 +51,18 @@ static __always_inline int own(const struct four *four, struct owner *owner, str
 
 /*
  * An old kind of keep-alive carries the last byte that was acknowledged. (Linux's carries none.) Only the socket knows
- * that this byte isn't new; for a sleeping one `flows` does. Unknown: a byte is a byte.
+ * that this byte isn't new; for a sleeping one `flows` does, and `next` is it. Unknown: a byte is a byte.
  */
-static __always_inline int probe(struct __sk_buff *skb, const struct packet *p, const struct flow *flow)
+__noinline int keepalive(struct __sk_buff *skb, const struct packet *p, __u32 known, __u32 next)
 {
 	struct bpf_sock_tuple tuple = {};
-	const struct four *four = &p->four;
 	struct bpf_sock *found;
 	struct bpf_tcp_sock *tcp;
-	__u32 size, next = 0;
-	int known = 0;
+	__u32 size;
 
-	if (four->local[0] == 0 && four->local[1] == 0 && four->local[2] == bpf_htonl(0xffff)) {
-		tuple.ipv4.saddr = four->remote[3];
-		tuple.ipv4.daddr = four->local[3];
-		tuple.ipv4.sport = four->remote_port;
-		tuple.ipv4.dport = four->local_port;
-		size = sizeof(tuple.ipv4);
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, four->remote, 16);
-		__builtin_memcpy(tuple.ipv6.daddr, four->local, 16);
-		tuple.ipv6.sport = four->remote_port;
-		tuple.ipv6.dport = four->local_port;
-		size = sizeof(tuple.ipv6);
-	}
+	if (!p)
+		return 0;
+	size = tuple_of(&p->four, &tuple);
 	found = bpf_sk_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	if (found) {
 		tcp = bpf_tcp_sock(found);
@@ -82,10 +71,6 @@ static __always_inline int probe(struct __sk_buff *skb, const struct packet *p, 
 			known = 1;
 		}
 		bpf_sk_release(found);
-	}
-	if (!known && flow && (flow->flags & STATED)) {
-		next = flow->rcv_nxt;
-		known = 1;
 	}
 	return known && p->seq + 1 == next;
 }
@@ -170,25 +155,24 @@ STORE(16384)
 STORE(32768)
 STORE(66560)
 
-static __always_inline int park(struct __sk_buff *skb, const struct packet *p, __u32 slot, struct slot *counters)
+/* (Not static: see visitor.h.) */
+__noinline int park(struct __sk_buff *skb, const struct packet *p, __u32 slot, struct slot *counters, __u32 probing)
 {
-	struct record r = {
-		.slot = slot,
-		.ifindex = skb->ifindex,
-		.length = skb->len,
-		.header = ETH_HLEN,
-		.payload = p->payload,
-		.gso_size = skb->gso_size,
-		.proto = p->four.proto,
-		.flags = p->flags,
-		.time = bpf_ktime_get_ns(),
-	};
-	__u32 ifindex = skb->ifindex;
-	struct link *link = bpf_map_lookup_elem(&links, &ifindex);
+	struct record r = {};
 	int failed;
 
-	if (link)
-		r.header = link->header;
+	if (!p || !counters)
+		return TC_ACT_SHOT;
+	r.slot = slot;
+	r.probe = probing;
+	r.ifindex = skb->ifindex;
+	r.length = skb->len;
+	r.header = network_header(skb);
+	r.payload = p->payload;
+	r.gso_size = skb->gso_size;
+	r.proto = p->four.proto;
+	r.flags = p->flags;
+	r.time = bpf_ktime_get_ns();
 	if (r.length <= 128)
 		failed = store_128(skb, &r);
 	else if (r.length <= 512)
@@ -214,16 +198,33 @@ static __always_inline int park(struct __sk_buff *skb, const struct packet *p, _
 	return TC_ACT_SHOT;
 }
 
+/* A packet of a visit goes its way: user space gets a copy, or it counts. */
+__noinline int show(struct __sk_buff *skb, const struct packet *p, const struct four *server, __u32 incoming)
+{
+	struct visit *visit;
+	struct four four;
+
+	if (!p || !server)
+		return TC_ACT_UNSPEC;
+	four = *server;
+	visit = bpf_map_lookup_elem(&visits, &four);
+	if (visit && visit->state == WATCHED && visit->visitor != COMMAND && copy(skb, p, &four, visit, incoming)) {
+		count(p, &visit->owner, incoming, bpf_ktime_get_ns());
+		bpf_map_delete_elem(&visits, &four);
+	}
+	return TC_ACT_UNSPEC;
+}
+
 SEC("tc")
 int ingress(struct __sk_buff *skb)
 {
-	__u32 mark = skb->mark, zero = 0, *mode;
-	struct owner owner = {};
+	__u32 mark = skb->mark, ifindex = skb->ifindex, zero = 0, *mode;
+	struct sight sight = {};
 	struct packet p = {};
-	struct flow *flow = NULL;
+	struct flow *flow = NULL, *other;
 	struct slot *counters;
 	struct pod *settings;
-	int replayed = 0, owned, counts, opens;
+	int replayed = 0, visit = 0, probing = 0, tcp, counts, ends, opens;
 
 	/* Whoever sets a mark without knowing ours (CAP_NET_RAW suffices for setting) is treated as without it. */
 	if (mark && bpf_map_lookup_elem(&replay, &mark)) {
@@ -233,71 +234,85 @@ int ingress(struct __sk_buff *skb)
 	settings = bpf_map_lookup_elem(&pod, &zero);
 	if (!settings || skb->pkt_type == PACKET_OTHERHOST || parse(skb, &p, 1))
 		return TC_ACT_UNSPEC;
+	tcp = p.four.proto == IPPROTO_TCP;
 	counts = active(&p);
-	if (!counts && !settings->parking)
+	ends = tcp && (p.flags & (FIN | RST));
+	if (!counts && !ends && !settings->parking)
 		return TC_ACT_UNSPEC;
 
-	owned = own(&p.four, &owner, &flow);
-	if (counts && p.four.proto == IPPROTO_TCP && p.payload == 1 && !(p.flags & SYN) && probe(skb, &p, flow)) {
+	if (counts || settings->parking)
+		sight.owned = own(&p.four, &sight.owner, &flow);
+	if (counts && tcp && p.payload == 1 && !(p.flags & SYN) &&
+	    keepalive(skb, &p, flow && (flow->flags & STATED), flow ? flow->rcv_nxt : 0)) {
 		counts = 0;
 		p.payload = 0;
 	}
+	sight.over_lo = ifindex == LO;
+	sight.active = counts;
+	sight.commands = settings->commands;
+	if (counts && sight.over_lo) {
+		/* Both ends are the pod's. What one container sends another isn't activity of a third. */
+		struct four back = p.four;
+		struct owner sender = {};
+
+		turned(&back);
+		sight.sent = own(&back, &sender, &other);
+		if (tcp)
+			note(&back, &p, 0, bpf_ktime_get_ns());
+		visit = tcp && visited(skb, &p, &sight);
+		if (sight.sent && !visit)
+			count(&p, &sender, 0, bpf_ktime_get_ns());
+	} else if (tcp && (counts || ends)) {
+		visit = visited(skb, &p, &sight);
+	}
 	if (counts) {
-		__u64 now = bpf_ktime_get_ns();
-
-		if (p.four.proto == IPPROTO_TCP)
-			note(&p.four, &p, 1, now);
-		if (skb->ifindex == LO) {
-			/* Both ends are the pod's. What one container sends another isn't activity of a third. */
-			struct four back = {.local_port = p.four.remote_port, .remote_port = p.four.local_port,
-					    .proto = p.four.proto};
-			struct owner sender = {};
-			struct flow *other;
-			int sent;
-
-			__builtin_memcpy(back.local, p.four.remote, 16);
-			__builtin_memcpy(back.remote, p.four.local, 16);
-			if (p.four.proto == IPPROTO_TCP)
-				note(&back, &p, 0, now);
-			sent = own(&back, &sender, &other);
-			if (sent)
-				count(&p, &sender, 0, now);
-			if (owned || !sent)
-				count(&p, owned ? &owner : NULL, 1, now);
-		} else {
-			count(&p, owned ? &owner : NULL, 1, now);
-		}
+		if (tcp)
+			note(&p.four, &p, 1, bpf_ktime_get_ns());
+		if (!visit && (sight.owned || !sight.sent))
+			count(&p, sight.owned ? &sight.owner : NULL, 1, bpf_ktime_get_ns());
 	}
 
-	if (replayed || !owned)
-		return TC_ACT_UNSPEC;
-	mode = bpf_map_lookup_elem(&modes, &owner.slot);
-	counters = bpf_map_lookup_elem(&slots, &owner.slot);
+	mode = sight.owned ? bpf_map_lookup_elem(&modes, &sight.owner.slot) : NULL;
+	counters = bpf_map_lookup_elem(&slots, &sight.owner.slot);
 	if (!mode || !counters || *mode == PASS)
-		return TC_ACT_UNSPEC;
-	opens = p.four.proto == IPPROTO_TCP && (p.flags & (SYN | ACK)) == SYN;
-	if (*mode == NEW && !opens)
-		return TC_ACT_UNSPEC;
-	if (p.four.proto == IPPROTO_TCP && !opens) {
-		if (!flow)
+		goto pass;
+	opens = tcp && (p.flags & (SYN | ACK)) == SYN;
+	/* With the ports of a connection that sleeps: what follows would be taken for that one's, so it wakes. */
+	if (opens && visit && !flow &&
+	    (sight.owner.flags & (sight.over_lo ? ANSWERED(LOOPBACK) : ANSWERED(KUBELET)))) {
+		if (!hand_over(skb, &p))
 			return TC_ACT_UNSPEC;
+		probing = 1;
+		/* Sent again too early. The kernel would refuse it. */
+		if (replayed && *mode == ALL) {
+			__sync_fetch_and_add(&counters->dropped, 1);
+			return TC_ACT_SHOT;
+		}
+	}
+	if (replayed || (*mode == NEW && !opens))
+		goto pass;
+	if (tcp && !opens) {
+		if (!flow)
+			goto pass;
 		if (!p.payload && !(p.flags & (SYN | FIN | RST))) {
 			if (*mode == WAKE)
 				return TC_ACT_UNSPEC;
 			if ((flow->flags & STATED) && p.seq + 1 == flow->rcv_nxt && !answer(skb, flow)) {
 				__sync_fetch_and_add(&counters->answered, 1);
-				return bpf_redirect(skb->ifindex, skb->ifindex == LO ? BPF_F_INGRESS : 0);
+				return bpf_redirect(ifindex, ifindex == LO ? BPF_F_INGRESS : 0);
 			}
 			__sync_fetch_and_add(&counters->dropped, 1);
 			return TC_ACT_SHOT;
 		}
 	}
 	/* The end of a quiet connection has to reach its socket, or the application keeps it for ever. */
-	if ((owner.flags & QUIET) && (p.four.proto == IPPROTO_UDP || opens || p.payload)) {
+	if ((sight.owner.flags & QUIET) && !probing && (!tcp || opens || p.payload)) {
 		__sync_fetch_and_add(&counters->quiet, 1);
 		return TC_ACT_SHOT;
 	}
-	return park(skb, &p, owner.slot, counters);
+	return park(skb, &p, sight.owner.slot, counters, probing);
+pass:
+	return visit ? show(skb, &p, &sight.server, sight.incoming) : TC_ACT_UNSPEC;
 }
 
 SEC("tc")
@@ -306,6 +321,7 @@ int egress(struct __sk_buff *skb)
 	struct owner owner = {};
 	struct packet p = {};
 	struct flow *flow;
+	int owned = 0, visit = 0, counts, ends;
 	__u64 now;
 
 	if (skb->ifindex == LO) { /* counted on the way in */
@@ -314,11 +330,22 @@ int egress(struct __sk_buff *skb)
 
 		return ifindex ? bpf_redirect(*ifindex, BPF_F_INGRESS) : TC_ACT_UNSPEC;
 	}
-	if (parse(skb, &p, 0) || !active(&p))
+	if (parse(skb, &p, 0))
 		return TC_ACT_UNSPEC;
-	now = bpf_ktime_get_ns();
-	if (p.four.proto == IPPROTO_TCP)
-		note(&p.four, &p, 0, now);
-	count(&p, own(&p.four, &owner, &flow) ? &owner : NULL, 0, now);
-	return TC_ACT_UNSPEC;
+	counts = active(&p);
+	ends = p.four.proto == IPPROTO_TCP && (p.flags & (FIN | RST));
+	if (!counts && !ends)
+		return TC_ACT_UNSPEC;
+	if (counts)
+		owned = own(&p.four, &owner, &flow);
+	if (p.four.proto == IPPROTO_TCP && (owned || !counts))
+		visit = bpf_map_lookup_elem(&visits, &p.four) != NULL;
+	if (counts) {
+		now = bpf_ktime_get_ns();
+		if (p.four.proto == IPPROTO_TCP)
+			note(&p.four, &p, 0, now);
+		if (!visit)
+			count(&p, owned ? &owner : NULL, 0, now);
+	}
+	return visit ? show(skb, &p, &p.four, 0) : TC_ACT_UNSPEC;
 }

@@ -42,7 +42,7 @@ UNITS: Final = (
 """The services that kubelet runs in, the likeliest first."""
 
 _DEPTH: Final = 3
-"""kubelet.service is below a slice at most: kind has one of its own."""
+_NOT_SEARCHED: Final = ("kubepods", "user.slice")
 _SEARCH_SECONDS: Final = 1.0
 """How long what wasn't found isn't searched for again."""
 
@@ -67,7 +67,7 @@ class Kubelet:
         self._program: Pinned | None = None
         self._process = 0
         self._inode = 0
-        self._searched = -_SEARCH_SECONDS
+        self._failed = -_SEARCH_SECONDS
         try:
             self._load()
         except (BpfError, OSError) as error:
@@ -77,18 +77,16 @@ class Kubelet:
         """Finds kubelet's cgroup and attaches to it; again, if it is another one by now. Cheap if nothing changed."""
         if self._program is None or self._unchanged():
             return
-        now = time.monotonic()
-        if now - self._searched < _SEARCH_SECONDS:
+        if time.monotonic() - self._failed < _SEARCH_SECONDS:
             return
-        self._searched = now
         try:
-            cgroup = self._search()
+            cgroup, process = find(self._config, self._proc)
             self._attach(self._program, cgroup)
         except (LookupError, BpfError, OSError) as error:
-            self.cgroup = None
+            self.cgroup, self._failed = None, time.monotonic()
             self._tell(str(error.args[0]) if isinstance(error, LookupError) else str(error))
         else:
-            self.cgroup, self._inode = cgroup, cgroup.stat().st_ino
+            self.cgroup, self._inode, self._process = cgroup, cgroup.stat().st_ino, process
             self._tell("")
 
     def close(self) -> None:
@@ -141,100 +139,108 @@ class Kubelet:
         CgroupLink.attach(program, cgroup, fresh).close()
         fresh.rename(pin)
 
-    # --- the cgroup ----------------------------------------------------------------------------------------
-
     def _unchanged(self) -> bool:
         if self.cgroup is None:
             return False
         try:
-            if self.cgroup.stat().st_ino != self._inode or not _populated(self.cgroup):
+            if self.cgroup.stat().st_ino != self._inode:
                 return False
         except OSError:
             return False
-        return not self._process or self._cgroup_of(self._process) == self.cgroup
-
-    def _search(self) -> Path:
-        """The folder of kubelet's cgroup. Raises LookupError, which says why there is none."""
-        self._process = 0
-        root = self._root()
-        if self._config.kubelet_cgroup is not None:
-            cgroup = root / self._config.kubelet_cgroup.lstrip("/")
-            if not cgroup.is_dir():
-                raise LookupError(f"there is no cgroup {cgroup} (kubelet-cgroup)")
-            return cgroup
-        found: dict[str, Path] = {}
-        for folder in _services(root, _DEPTH):
-            if folder.name not in found and _populated(folder):
-                found[folder.name] = folder
-        for name in UNITS:
-            if name in found:
-                return found[name]
-        return self._search_process(root)
-
-    def _search_process(self, root: Path) -> Path:
-        name, alone = self._config.kubelet_process, False
-        for pid in sorted(int(folder.name) for folder in self._proc.iterdir() if folder.name.isdigit()):
-            if not self._named(pid) or not self._beside_us(pid) or (cgroup := self._cgroup_of(pid)) is None:
-                continue
-            if cgroup == root:
-                alone = True
-            elif "kubepods" not in str(cgroup.relative_to(root)):
-                self._process = pid
-                return cgroup
-        if alone:
-            raise LookupError(f"the process {name} is in the root cgroup, with all others; give it a cgroup of its own")
-        raise LookupError(f"there is no cgroup {', '.join(UNITS)}, and no process {name} (kubelet-cgroup names it)")
-
-    def _named(self, pid: int) -> bool:
-        with contextlib.suppress(OSError):
-            return (self._proc / str(pid) / "comm").read_text().rstrip("\n") == self._config.kubelet_process
-        return False
-
-    def _beside_us(self, pid: int) -> bool:
-        """Whether it lives in our namespaces, as kubelet does, and as what calls itself so in a container doesn't."""
-        with contextlib.suppress(OSError):
-            return all(
-                os.readlink(self._proc / str(pid) / "ns" / kind) == os.readlink(self._proc / "self/ns" / kind)
-                for kind in ("pid", "net")
-            )
-        return False
-
-    def _cgroup_of(self, pid: int) -> Path | None:
-        with contextlib.suppress(OSError, LookupError):
-            for line in (self._proc / str(pid) / "cgroup").read_text().splitlines():
-                if line.startswith("0::/"):
-                    return self._root() / line.removeprefix("0::/")
-        return None
-
-    def _root(self) -> Path:
-        """Where cgroup v2 is mounted: for itself, or beside v1's trees. Raises LookupError."""
-        for line in (self._proc / "self/mountinfo").read_text().splitlines():
-            fields, _, rest = line.partition(" - ")
-            top, where = fields.split(" ")[3:5]
-            if rest.startswith("cgroup2 ") and top == "/":
-                return Path(where)
-        raise LookupError("cgroup v2 isn't mounted, not even beside v1 (mount -t cgroup2)")
+        if self._config.kubelet_cgroup is None and not _populated(self.cgroup):
+            return False
+        return not self._process or _cgroup_of(self._process, self._proc) == self.cgroup
 
 
-def _services(folder: Path, depth: int) -> Iterator[Path]:
-    """Cgroups with the name of one of UNITS, the shallowest first. Not those below containers, pods and sessions."""
-    level = [folder]
-    for _ in range(depth):
+# --- The cgroup ------------------------------------------------------------------------------------------------------
+
+
+def find(config: Config, proc: Path = Path("/proc")) -> tuple[Path, int]:
+    """The folder of kubelet's cgroup, and the process that it was found by, or 0.
+
+    Raises LookupError, which says why there is none.
+    """
+    root = _root(proc)
+    if config.kubelet_cgroup is not None:
+        cgroup = root / config.kubelet_cgroup.lstrip("/")
+        if not cgroup.is_dir():
+            raise LookupError(f"there is no cgroup {cgroup} (kubelet-cgroup)")
+        return cgroup, 0
+    services = [folder for folder in _services(root) if _populated(folder)]
+    for name in UNITS:
+        for folder in services:
+            if folder.name == name:
+                return folder, 0
+    return _find_process(config.kubelet_process, root, proc)
+
+
+def _services(root: Path) -> Iterator[Path]:
+    """Cgroups with the name of one of UNITS, the shallowest first; in slices alone, not in containers and sessions."""
+    level = [root]
+    for _ in range(_DEPTH):
         below = [child for parent in level for child in _children(parent)]
         yield from (child for child in below if child.name in UNITS)
-        level = [child for child in below if child.name.endswith(".slice") and child.name != "user.slice"]
+        level = [
+            child
+            for child in below
+            if child.suffix == ".slice" and not any(word in child.name for word in _NOT_SEARCHED)
+        ]
 
 
 def _children(folder: Path) -> list[Path]:
     with contextlib.suppress(OSError):
-        return sorted(
-            Path(entry.path)
-            for entry in os.scandir(folder)
-            if entry.is_dir(follow_symlinks=False) and "kubepods" not in entry.name
-        )
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     return []
 
 
 def _populated(cgroup: Path) -> bool:
     """Whether there is a process in it or below it (cgroup.events)."""
-    return "populated 1" in (cgroup / "cgroup.events").read_text()
+    with contextlib.suppress(OSError):
+        return "populated 1" in (cgroup / "cgroup.events").read_text()
+    return False
+
+
+def _find_process(name: str, root: Path, proc: Path) -> tuple[Path, int]:
+    alone = True
+    for pid in sorted(int(folder.name) for folder in proc.iterdir() if folder.name.isdigit()):
+        if not _named(name, pid, proc) or not _beside_us(pid, proc) or (cgroup := _cgroup_of(pid, proc)) is None:
+            continue
+        if cgroup == root:
+            alone = False
+        elif "kubepods" not in str(cgroup.relative_to(root)):
+            return cgroup, pid
+    if not alone:
+        raise LookupError(f"the process {name} is in the root cgroup, with all others; give it a cgroup of its own")
+    raise LookupError(f"there is neither a cgroup {', '.join(UNITS)} nor a process {name} (kubelet-cgroup names it)")
+
+
+def _named(name: str, pid: int, proc: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (proc / str(pid) / "comm").read_text().rstrip("\n") == name
+    return False
+
+
+def _beside_us(pid: int, proc: Path) -> bool:
+    """Whether it lives in our namespaces, as kubelet does, and as what calls itself so in a container doesn't."""
+    with contextlib.suppress(OSError):
+        theirs, ours = proc / str(pid) / "ns", proc / "self/ns"
+        return all(os.readlink(theirs / kind) == os.readlink(ours / kind) for kind in ("pid", "net"))
+    return False
+
+
+def _cgroup_of(pid: int, proc: Path) -> Path | None:
+    with contextlib.suppress(OSError, LookupError):
+        for line in (proc / str(pid) / "cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                return _root(proc) / line.removeprefix("0::/")
+    return None
+
+
+def _root(proc: Path) -> Path:
+    """Where cgroup v2 is mounted: for itself, or beside v1's trees. Raises LookupError."""
+    for line in (proc / "self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        top, where = fields.split(" ")[3:5]
+        if rest.startswith("cgroup2 ") and top == "/":
+            return Path(where)
+    raise LookupError("cgroup v2 isn't mounted, not even beside v1 (mount -t cgroup2)")

@@ -73,6 +73,8 @@ NAME: Final = "criproxy"
 LISTENER_PORTS: Final = range(61000, 65536)
 """Above those that the kernel hands out by itself, and seldom an application's. Nobody connects to it."""
 LISTENER_QUEUE: Final = 128
+IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75
+"""linux/in.h, linux/in6.h; Python has no names for them."""
 
 _SETTINGS: Final = (
     # What is sent again to lo carries no route: without these the kernel drops 127.0.0.1 and the pod's own addresses
@@ -611,7 +613,11 @@ def _loopback_listener(family: socket.AddressFamily, address: str) -> socket.soc
             made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             # Its connections have the application's ports, which that one must be able to listen on again.
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Where a pod has NAT rules (a mesh's), the kernel takes a SYN away from a socket whose ports differ from
+            # its own, unless that one is transparent.
+            made.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
             if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             made.bind((address, LISTENER_PORTS.start + secrets.randbelow(len(LISTENER_PORTS))))
             made.listen(LISTENER_QUEUE)

@@ -99,6 +99,27 @@ class TestLayers:
             parser.parse_args(["--state-dir", "/x"])
 
 
+class TestKubelet:
+    def test_defaults(self) -> None:
+        result = load()
+        assert (result.kubelet_cgroup, result.kubelet_process, result.kubelet_addresses) == (None, "kubelet", ())
+
+    def test_a_cgroup(self) -> None:
+        assert load("--kubelet-cgroup", "/system.slice/kubelet.service/").kubelet_cgroup == (
+            "/system.slice/kubelet.service"
+        )
+        assert load("--kubelet-cgroup", "").kubelet_cgroup is None
+
+    @pytest.mark.parametrize("value", ['["10.0.0.1", "fd00::1"]', '"10.0.0.1, fd00:0::1"'])
+    def test_addresses(self, tmp_path: Path, value: str) -> None:
+        path = file(tmp_path, f"kubelet-addresses = {value}")
+        assert load("--config", path).kubelet_addresses == ("10.0.0.1", "fd00::1")
+
+    def test_too_many_addresses(self) -> None:
+        many = ",".join(f"10.0.0.{n}" for n in range(65))
+        assert refusal("--kubelet-addresses", many).endswith("has 65 addresses; there may be 64")
+
+
 class TestSockets:
     @pytest.mark.parametrize("value", ["unix:///run/a.sock", "unix:/run/a.sock", "/run/a.sock"])
     def test_forms(self, value: str) -> None:
@@ -135,6 +156,14 @@ class TestRefusals:
             ("--parking-packets", "0", "must be 1 or more"),
             ("--parking-packets", "1.5", "is no whole number"),
             ("--parking-bytes", "4MB", 'is no whole number; give bytes, or a size such as "4MiB"'),
+            ("--kubelet-cgroup", "kubelet.service", "is no path below the root of cgroup v2"),
+            ("--kubelet-cgroup", "/a/../b", "is no path below the root of cgroup v2"),
+            ("--kubelet-cgroup", "/", "is the root cgroup, which has every process of the node"),
+            ("--kubelet-process", "", "is no name of a process"),
+            ("--kubelet-process", "/usr/bin/kubelet", "is no name of a process"),
+            ("--kubelet-process", "longer-than-comm", "is no name of a process"),
+            ("--kubelet-addresses", "10.0.0.1,node1", 'has "node1", which is no IP address'),
+            ("--kubelet-addresses", "10.0.0.0/8", 'has "10.0.0.0/8", which is no IP address'),
             ("--scaledown-duration", "60", 'lacks a unit; "60s" would be seconds'),
             ("--scaledown-duration", "-1s", 'is negative; "0" never scales down'),
         ],
@@ -153,6 +182,9 @@ class TestRefusals:
             ("cpu-activity-percent = inf", "is no number"),
             ("state-dir = 1", "is no absolute path"),
             ("listen = 1", "is no Unix socket"),
+            ("kubelet-cgroup = 1", "is no path below the root of cgroup v2"),
+            ("kubelet-addresses = 1", "is no list of IP addresses"),
+            ("kubelet-addresses = [1]", 'has "1", which is no IP address'),
             ("log-level = 1", "is none of"),
             ("scaledown-duration = 60", "lacks a unit"),
         ],
