@@ -39,8 +39,9 @@ integration: setup ## Tests with real containerd, runc, CRIU and eBPF, as root
 bench: setup ## Measure the time to the first byte of what is scaled down
 	@$(PYTHON) -m lab.bench
 
-soak: setup ## 1,000 checkpoints and restores that no client may notice, about five minutes
+soak: setup ## 1,000 checkpoints and restores that no client may notice, then five minutes of kubelet's probes
 	@$(PYTHON) -m lab.soak --json .build/soak.json --svg .build/soak.svg $(SOAK)
+	@$(PYTHON) -m lab.view
 
 up: setup ## Leave a private containerd with criproxy running, to try pods of your own
 	@$(PYTHON) -m lab.up

@@ -6,7 +6,9 @@ with View(containerd, daemon, kubelet) as view:
     view.visit()           # a client that isn't kubelet, from the same address, wakes each of them
 """
 
+import argparse
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +17,8 @@ from types import TracebackType
 import grpc
 
 from criproxy.api import cri_pb2 as cri
-from lab import LabError, client, prober
+from lab import LabError, client, prober, requirements
+from lab.console import Console
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet
@@ -23,6 +26,32 @@ from lab.prober import Prober
 
 ANNOTATIONS: Mapping[str, str] = {"criproxy.io/scaledown-duration": "1s"}
 _RELIST_SECONDS = 1.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.view", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=300, metavar="S", help="how long to watch (default: 300)")
+    options = parser.parse_args()
+    console = Console()
+    try:
+        requirements.check()
+        with (
+            Containerd() as lab,
+            Daemon(lab) as daemon,
+            Kubelet(daemon.endpoint, lab) as kubelet,
+            View(lab, daemon, kubelet, console.say) as view,
+        ):
+            view.settle()
+            view.watch(options.seconds)
+            view.visit()
+    except (LabError, grpc.RpcError, OSError) as error:
+        console.bad(f"kubelet would see something else: {error}")
+        return 1
+    except KeyboardInterrupt:
+        console.bad("interrupted; everything is cleaned up")
+        return 130
+    console.good("to kubelet the pod was healthy all the time, and it slept")
+    return 0
 
 
 class View:
@@ -143,3 +172,7 @@ class View:
 
     def _states(self) -> dict[str, str]:
         return {s["container"]: f"{s['state']}: {s['reason']}" for s in self._daemon.status()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
