@@ -267,12 +267,6 @@ def mount_bpffs(path: Path) -> None:
         raise _error(f"Cannot mount a bpf file system on {path}", [], error.errno) from error
 
 
-def unmount_bpffs(path: Path) -> None:
-    """Takes the bpf file system at `path` away, with all that is pinned in it. Raises BpfError."""
-    if is_bpffs(path) and _libc.umount2(os.fsencode(path), 0) != 0:
-        raise _error(f"Cannot unmount {path}", [])
-
-
 def is_bpffs(path: Path) -> bool:
     """Whether `path` itself is the root of a mounted bpf file system."""
     wanted = str(path.resolve())
@@ -290,15 +284,6 @@ def unpin(pins: Path) -> None:
         for pin in pins.iterdir():
             pin.unlink()
         pins.rmdir()
-
-
-def available() -> str | None:
-    """Why libbpf can't be used, for people; None if it can."""
-    try:
-        _libbpf()
-    except BpfError as error:
-        return str(error)
-    return None
 
 
 # --- libbpf ----------------------------------------------------------------------------------------------------------

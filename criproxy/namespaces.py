@@ -87,23 +87,6 @@ def mount(source: str, target: Path, kind: str | None, flags: int = 0, data: str
         raise _error(f"mount on {target}")
 
 
-def sysctl(where: Path | int, name: str, value: str | None = None) -> str:
-    """Reads a `net.…` kernel setting of a network namespace, after writing `value` if one is given.
-
-    `name` has dots, or slashes where an interface's own name has dots. Raises FileNotFoundError where the kernel has no
-    such setting.
-    """
-    path = Path("/proc/sys") / (name if "/" in name else name.replace(".", "/"))
-
-    def access() -> str:
-        # /proc/sys/net shows the namespace of the thread that looks (unlike /proc/net, which is the main thread's).
-        if value is not None:
-            path.write_text(value)
-        return path.read_text().strip()
-
-    return in_network_namespace(where, access)
-
-
 def _in_thread(enter: Callable[[], None], function: Callable[[], T]) -> T:
     results: list[T] = []
     errors: list[BaseException] = []

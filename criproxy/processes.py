@@ -22,8 +22,6 @@ PROC: Final = Path("/proc")
 # include/linux/sched.h
 _PF_EXITING: Final = 0x4
 
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
-
 # The fields of /proc/PID/status that are compared, in the order in which the kernel writes them.
 _STATUS: Final = re.compile(
     rb"^State:\t(?P<state>.).*?^NSpid:(?P<pids>[\d\t]+)$.*?"
@@ -96,38 +94,14 @@ def alive(pid: int, start: int, proc: Path = PROC) -> bool:
     return int(fields[19]) == start and fields[0] not in ("Z", "X")
 
 
-def exists(pid: int, proc: Path = PROC) -> bool:
-    """Whether the number is taken, be it by a zombie."""
-    return (proc / str(pid)).is_dir()
-
-
 def parent(pid: int, proc: Path = PROC) -> int:
     """The host's number of the parent; 0 if that is outside of our own PID namespace."""
     return int(_stat(pid, proc)[1])
 
 
-def cpu_seconds(pid: int, proc: Path = PROC) -> float:
-    """Processor time that the process's threads have used, in seconds."""
-    fields = _stat(pid, proc)
-    return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
 def ns_pid(pid: int, proc: Path = PROC) -> int:
     """The number of a process (or thread) in the innermost PID namespace that it is a member of."""
     return int(_status(proc / str(pid))["NSpid"].split()[-1])
-
-
-def host_pid(init_pid: int, wanted: int, proc: Path = PROC) -> int | None:
-    """The host's number of the process which is `wanted` in the PID namespace of `init_pid`; None if there is none."""
-    if wanted == 1:
-        return init_pid if exists(init_pid, proc) else None
-    for pid in in_namespace(init_pid, proc=proc):
-        try:
-            if ns_pid(pid, proc) == wanted:
-                return pid
-        except ProcessLookupError:
-            continue
-    return None
 
 
 def children(pid: int, proc: Path = PROC) -> list[int]:

@@ -248,12 +248,6 @@ class Runtime:
             stop_signal=config.get("StopSignal") or "",
         )
 
-    async def list_containers(self, sandbox_id: str = "") -> list[cri_pb2.Container]:
-        """Those of one sandbox, or all; in any state."""
-        request = cri_pb2.ListContainersRequest(filter=cri_pb2.ContainerFilter(pod_sandbox_id=sandbox_id))
-        answer = await self._ask(_SERVICE + "ListContainers", request, cri_pb2.ListContainersResponse)
-        return list(answer.containers)
-
     async def list_pod_sandboxes(self) -> list[cri_pb2.PodSandbox]:
         """In any state."""
         answer = await self._ask(

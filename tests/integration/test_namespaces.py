@@ -40,20 +40,6 @@ def test_a_socket_made_there_stays_there(inhabitant: int) -> None:
         made.connect(("127.0.0.1", 1))  # its loopback isn't up
 
 
-def test_settings_are_the_namespaces_own(inhabitant: int) -> None:
-    name = "net.ipv4.ip_unprivileged_port_start"
-    before = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip()
-    assert namespaces.sysctl(inhabitant, name, "77") == "77"
-    assert namespaces.sysctl(inhabitant, name) == "77"
-    assert namespaces.sysctl(inhabitant, "net/ipv4/ip_unprivileged_port_start") == "77"
-    assert Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip() == before
-
-
-def test_a_setting_that_the_kernel_does_not_have(inhabitant: int) -> None:
-    with pytest.raises(FileNotFoundError):
-        namespaces.sysctl(inhabitant, "net.nothing.enabled", "0")
-
-
 def test_what_the_function_raises_is_raised(inhabitant: int) -> None:
     with pytest.raises(ZeroDivisionError):
         namespaces.in_network_namespace(inhabitant, lambda: 1 // 0)

@@ -85,12 +85,9 @@ async def test_an_image(runtime, direct, by_id):
     assert any(variable.startswith("PATH=") for variable in image.env)
 
 
-async def test_lists(runtime, direct):
+async def test_pod_sandboxes_are_listed(runtime, direct):
     pods = [direct.run_pod("plain"), direct.run_pod("plain")]
-    containers = [pod.create_container("busybox", command=["true"]) for pod in pods]
     assert {pod.id for pod in pods} <= {sandbox.id for sandbox in await runtime.list_pod_sandboxes()}
-    assert [found.id for found in await runtime.list_containers(pods[0].id)] == [containers[0].id]
-    assert {container.id for container in containers} <= {found.id for found in await runtime.list_containers()}
 
 
 async def test_the_mounts_of_a_container_that_has_not_started(runtime, direct):

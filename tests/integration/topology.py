@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from criproxy import kubelet
-from criproxy.bpf import mount_bpffs, unmount_bpffs
+from criproxy.bpf import mount_bpffs
 from criproxy.namespaces import in_network_namespace
 
 NODE4, POD4, PEER4 = "10.99.0.1", "10.99.0.2", "10.99.0.3"
@@ -81,7 +81,7 @@ def topology() -> Iterator[Topology]:
     finally:
         net.down()
         shutil.rmtree(net.pins, ignore_errors=True)
-        unmount_bpffs(bpffs)
+        run(f"umount {bpffs}")
         bpffs.rmdir()
 
 

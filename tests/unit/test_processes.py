@@ -73,7 +73,6 @@ def until(condition: Callable[[], bool]) -> None:
 def test_names_with_parentheses_do_not_shift_the_fields(proc: Path) -> None:
     assert processes.start_time(500, proc) == 12345
     assert processes.parent(500, proc) == 400
-    assert processes.cpu_seconds(500, proc) == 200 / os.sysconf("SC_CLK_TCK")
 
 
 def test_numbers_inside_the_namespace(proc: Path) -> None:
@@ -144,9 +143,7 @@ def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:
     child.kill()
     until(lambda: not seen.alive())
     assert seen.ending()
-    assert processes.exists(child.pid)
     child.wait()
-    assert not processes.exists(child.pid)
 
 
 def test_this_process(child: subprocess.Popen[bytes]) -> None:
@@ -158,8 +155,6 @@ def test_this_process(child: subprocess.Popen[bytes]) -> None:
     assert processes.parent(child.pid) == ME
     assert {ME, child.pid} <= set(processes.in_namespace(ME))
     assert processes.in_namespace(ME, among=[child.pid, 4_000_000]) == sorted([ME, child.pid])
-    assert processes.host_pid(ME, processes.ns_pid(child.pid)) == child.pid
-    assert processes.host_pid(ME, 4_000_000) is None
     until(lambda: processes.cmdline(child.pid) == [sys.executable, "-c", "input()"])
     assert processes.executable(child.pid) == os.path.realpath(sys.executable)
 

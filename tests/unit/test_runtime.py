@@ -152,8 +152,8 @@ async def test_a_containerd_that_still_recovers_is_waited_for(containerd, runtim
             await context.abort(grpc.StatusCode.UNKNOWN, "server is not initialized yet")
         return b""
 
-    containerd.answers["ListContainers"] = starting
-    assert await runtime.list_containers() == []
+    containerd.answers["ListPodSandbox"] = starting
+    assert await runtime.list_pod_sandboxes() == []
     assert calls == 3
 
 
