@@ -108,14 +108,14 @@ def _size(value: object) -> int:
 
 
 def _cgroup(value: object) -> str | None:
-    """A path below the root of the cgroup v2 tree, with a slash in front; None: not given."""
+    """A path below the root of the cgroup v2 tree, without the slash in front; None: not given."""
     if value == "":
         return None
-    if not isinstance(value, str) or not value.startswith("/") or ".." in value.split("/") or "\0" in value:
-        raise _BadValue("is no path below the root of cgroup v2, such as /system.slice/kubelet.service")
+    if not isinstance(value, str) or ".." in value.split("/") or "\0" in value:
+        raise _BadValue("is no path below the root of cgroup v2, such as system.slice/kubelet.service")
     if not value.strip("/"):
         raise _BadValue("is the root cgroup, which has every process of the node")
-    return value.rstrip("/")
+    return value.strip("/")
 
 
 def _process(value: object) -> str:

@@ -162,7 +162,7 @@ def find(config: Config, proc: Path = Path("/proc")) -> tuple[Path, int]:
     """
     root = _root(proc)
     if config.kubelet_cgroup is not None:
-        cgroup = root / config.kubelet_cgroup.lstrip("/")
+        cgroup = root / config.kubelet_cgroup
         if not cgroup.is_dir():
             raise LookupError(f"there is no cgroup {cgroup} (kubelet-cgroup)")
         return cgroup, 0

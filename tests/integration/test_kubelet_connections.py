@@ -110,7 +110,7 @@ def process(cgroup: Path) -> Iterator[Process]:
 
 
 def configured(cgroup: Path | None) -> Config:
-    return Config(kubelet_cgroup=None if cgroup is None else "/" + str(cgroup.relative_to(cgroup2())))
+    return Config(kubelet_cgroup=None if cgroup is None else str(cgroup.relative_to(cgroup2())))
 
 
 @pytest.fixture
@@ -712,7 +712,7 @@ async def test_the_next_daemon_carries_on(stage: Stage, net: Topology, cgroup: P
 async def test_another_cgroup_of_the_same_name(net: Topology, hook: Hook) -> None:
     """Kubelet was restarted."""
     name = f"criproxy-test-{os.getpid()}"
-    kubelet = Kubelet(Config(kubelet_cgroup=f"/{name}"), net.bpffs)
+    kubelet = Kubelet(Config(kubelet_cgroup=name), net.bpffs)
     kubelet.look()
     assert f"there is no cgroup {cgroup2() / name}" in kubelet.problem
     for _ in range(2):

@@ -131,7 +131,7 @@ def test_a_container_that_calls_itself_kubelet(machine: Machine) -> None:
 
 
 def test_the_configured_one(machine: Machine) -> None:
-    config = Config(kubelet_cgroup="/my/kubelet")
+    config = Config(kubelet_cgroup="my/kubelet")
     machine.cgroup("system.slice/kubelet.service")
     assert machine.missing(config) == f"there is no cgroup {machine.root}/my/kubelet (kubelet-cgroup)"
     cgroup = machine.cgroup("my/kubelet")
