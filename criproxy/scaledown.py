@@ -43,8 +43,8 @@ class Wanted(Refused):
 
 
 class Lost(Exception):
-    """The application could only be started afresh, and it is to be stopped: its container is to be killed instead. Why,
-    for people."""
+    """The application could only be started afresh, and it is to be stopped: its container is to be killed instead.
+    Why, for people."""
 
 
 class Method(Protocol):

@@ -298,7 +298,11 @@ def test_an_exec_that_takes_too_long(kubelet: Kubelet, direct: Kubelet, program:
                 specimen.container.exec_sync("sleep", "600", timeout=1)
             errors.append((caught.value.code(), re.sub("[0-9a-f]{64}", "ID", caught.value.details())))
             if one is kubelet:
-                asleep(daemon, specimen)
+                # With a time limit it is a probe, for all that can be known, and one that has failed.
+                def told(container: str = specimen.id) -> bool:
+                    return 'exec probe "sleep 600"' in seen(daemon, container).reason
+
+                eventually(told, "why it stays up")
             assert specimen.ask("count") == "1"
     assert errors[0] == errors[1]
 

@@ -196,7 +196,7 @@ async def test_a_request_that_is_sent_once_more_is_no_other_request(net: Topolog
                 again = segment(client.getsockname(), (POD4, 80), sent - len(data), received, 0x18, data)
                 raw.sendto(again, (POD4, 0))
                 assert hook.network.talk(flow) == answered
-            # A client's kernel may repeat together with what is new. (The checksum is wrong, so the server won't see it.)
+            # A client's kernel may repeat together with what is new. (By its checksum the server won't see it.)
             longer = segment(client.getsockname(), (POD4, 80), sent - 5, received, 0x18, b"quest, another")
             raw.sendto(longer[:-1] + b"!", (POD4, 0))
             talk = hook.network.talk(flow)
