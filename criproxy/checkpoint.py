@@ -64,6 +64,9 @@ _CAP_SYS_ADMIN: Final = 21
 
 _STDIO: Final = (0, 1, 2)
 
+# As many as `enter` knows. The kernel leaves out what isn't there, or isn't the container's.
+_EVERY_PROCESSOR: Final = "0-1023"
+
 # How long a CRIU whose loader has ended may take to say why.
 _LAST_WORDS_SECONDS: Final = 0.5
 
@@ -98,6 +101,10 @@ class RestoreError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.log = log
+
+
+class OutOfMemory(RestoreError):
+    """It was killed for a limit of the container's memory, or its pod's."""
 
 
 # --- The container's init ---------------------------------------------------------------------------------------------
@@ -447,7 +454,7 @@ class Criu:
             segments = sysv.used(init_pid, pids)
         except sysv.Shared as error:
             raise CheckpointError(str(error)) from error
-        return Saved(processes.ns_pid(guard), processes.attributes(pids), segments), aftermath.identify(pids)
+        return Saved.of(init_pid, guard, pids, segments), aftermath.identify(pids)
 
     def _enter(
         self,
@@ -465,7 +472,8 @@ class Criu:
         for descriptor in cgroups:
             argv += ["--cgroup-fd", str(descriptor)]
         if like is not None:
-            argv += ["--cpu-affinity", ",".join(map(str, sorted(like.affinity)))]
+            # An affinity that is set outlives changes of the container's, unless it names every processor there may be.
+            argv += ["--cpu-affinity", ",".join(map(str, sorted(like.affinity))) or _EVERY_PROCESSOR]
             argv += ["--oom-score-adj", str(like.oom_score_adj)]
         if not in_ipc:
             argv += ["--without", "ipc"]
@@ -713,6 +721,7 @@ __all__ = [
     "CheckpointError",
     "Criu",
     "GivenUp",
+    "OutOfMemory",
     "RestoreError",
     "application_pid",
     "complete",

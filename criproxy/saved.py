@@ -2,6 +2,8 @@
 
 CRIU restores security labels, capabilities, NoNewPrivs, seccomp filters and mostly oom_score_adj, not the CPU affinity,
 and what it doesn't restore is that of whoever restores. So it is seen here whether a restored thread is what it was.
+
+A thread that uses all of its container's processors follows them: kubelet may change them while it sleeps, or later.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,22 @@ class Saved:
     guard: int
     """The number of the tree's root in the container's PID namespace. So are those of the threads."""
     attributes: Mapping[int, ThreadAttributes]
+    """No affinity: that of the container."""
     sysv: Mapping[int, bool] = field(default_factory=dict)
     """The System V segments that it maps, by number: whether they are deleted."""
+
+    @classmethod
+    def of(cls, init_pid: int, guard: int, pids: Sequence[int], sysv: Mapping[int, bool]) -> Saved:
+        """`init_pid`: the container's first process, which never chooses its processors. Numbers are the host's.
+
+        Raises ProcessLookupError if one of the first two is gone.
+        """
+        whole = os.sched_getaffinity(init_pid)
+        attributes = {
+            tid: replace(thread, affinity=frozenset()) if thread.affinity == whole else thread
+            for tid, thread in processes.attributes(pids).items()
+        }
+        return cls(processes.ns_pid(guard), attributes, sysv)
 
     def write(self, path: Path) -> None:
         threads = {
@@ -100,7 +116,7 @@ def _gained(was: ThreadAttributes, new: ThreadAttributes) -> str | None:
 
 def _put_back(host: int, tid: int, was: ThreadAttributes, new: ThreadAttributes) -> list[str]:
     remarks = []
-    if new.affinity != was.affinity:
+    if was.affinity and new.affinity != was.affinity:
         try:
             os.sched_setaffinity(host, was.affinity)
         except OSError as error:

@@ -1,9 +1,11 @@
 """What is kept of a container's threads beside a checkpoint."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from criproxy import processes
 from criproxy.processes import ThreadAttributes
 from criproxy.saved import Saved
 
@@ -36,3 +38,29 @@ def test_anything_else_is_a_value_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text(text)
     with pytest.raises(ValueError, match=r"checkpoint\.json|Expecting"):
         Saved.read(tmp_path / "checkpoint.json")
+
+
+def test_who_uses_all_of_the_containers_processors_follows_them() -> None:
+    """This process stands for the container's first one and for the application."""
+    own, tid = os.getpid(), processes.ns_pid(os.getpid())
+    before = os.sched_getaffinity(0)
+    saved = Saved.of(own, own, [own], {})
+    assert saved.attributes[tid].affinity == frozenset()
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert saved.compare([own]) == []
+        assert os.sched_getaffinity(0) == {min(before)}
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_who_has_chosen_its_processors_gets_them_again() -> None:
+    own, tid = os.getpid(), processes.ns_pid(os.getpid())
+    before = os.sched_getaffinity(0)
+    saved = Saved(tid, {tid: processes.attributes([own])[tid]})
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert saved.compare([own]) == []
+        assert os.sched_getaffinity(0) == before
+    finally:
+        os.sched_setaffinity(0, before)
