@@ -22,6 +22,9 @@ UNIFIED: Final = ""
 KEPT: Final = 64 << 20
 """Bytes of file pages that a container may keep while it sleeps."""
 
+_UNLIMITED: Final = 1 << 60
+"""Bytes. v1 writes no limit as one near 2^63."""
+
 # v2 first, as there all is in one; then those of v1 which every runtime gives a container a folder in.
 _FOR_PROCESSES: Final = (UNIFIED, "pids", "memory", "freezer", "devices", "cpu", "name=systemd")
 
@@ -126,6 +129,27 @@ class Cgroup:
             return _number(folder / "memory.stat", "total_rss")
         if folder := self.own(UNIFIED):
             return _number(folder / "memory.stat", "anon")
+        return 0
+
+    def room(self) -> int | None:
+        """Bytes that its processes may use on top of what they have, by the limits of v1 for the container and its pod.
+        File pages count as free. None where there is no limit, and with v2, whose limits are lifted for a restore."""
+        if (own := self.own("memory")) is None:
+            return None
+        rooms = []
+        for folder in (own.parent, own):
+            limit = _number(folder / "memory.limit_in_bytes")
+            if folder not in self.roots and 0 < limit < _UNLIMITED:
+                files = sum(_number(folder / "memory.stat", f"total_{kind}_file") for kind in ("active", "inactive"))
+                rooms.append(limit - _number(folder / "memory.usage_in_bytes") + files)
+        return min(rooms, default=None)
+
+    def oom_kills(self) -> int:
+        """How many of its processes were killed because a limit left no memory; it only grows."""
+        if folder := self.own("memory"):
+            return _number(folder / "memory.oom_control", "oom_kill")
+        if folder := self.own(UNIFIED):
+            return _number(folder / "memory.events", "oom_kill")
         return 0
 
     def join_fds(self) -> list[int]:

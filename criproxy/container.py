@@ -621,7 +621,7 @@ class Container:
         try:
             reason = await self._method.up(lambda: self._stops > 0)
         except Lost as error:
-            log.error("%s: killed, its unsaved state was lost: it is to stop, but %s", self, error)
+            log.error("%s: killed, its unsaved state was lost: %s", self, error)
             await self._workload.kill()
             raise
         self._is_up = True

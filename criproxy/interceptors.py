@@ -69,6 +69,7 @@ class Interceptors:
             "StopContainer": self.stop_container,
             "RemoveContainer": self.remove_container,
             "ExecSync": self.exec_sync,
+            "UpdateContainerResources": self.update_container_resources,
             "CheckpointContainer": self.checkpoint_container,
             "Exec": self.stream,
             "Attach": self.stream,
@@ -332,6 +333,13 @@ class Interceptors:
             finally:
                 probes.command_done(argv, response)
         return response
+
+    async def update_container_resources(self, call: Call) -> bytes:
+        member = self._node.member(cri.UpdateContainerResourcesRequest.FromString(call.request).container_id)
+        if member is None or member.workload is None:
+            return await call.forward()
+        async with member.workload.limits_change():
+            return await call.forward()
 
     async def checkpoint_container(self, call: Call) -> bytes:
         request = cri.CheckpointContainerRequest.FromString(call.request)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
+from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
 from criproxy.freezer import FreezeError
 from criproxy.pod_maps import Stream
 from criproxy.policy import Tier
@@ -43,8 +43,8 @@ class Wanted(Refused):
 
 
 class Lost(Exception):
-    """The application could only be started afresh, and it is to be stopped: its container is to be killed instead.
-    Why, for people."""
+    """The application could only be started afresh, which is no use: its container is to be killed instead. Why, for
+    people."""
 
 
 class Method(Protocol):
@@ -62,8 +62,8 @@ class Method(Protocol):
     async def up(self, stops: Callable[[], bool]) -> str:
         """Brings the application back, whatever it takes. Returns what a person has to be told (state was lost).
 
-        If it is wanted only to be stopped, a fresh start is no use: raises Lost. Raises ProcessLookupError if the
-        container has ended."""
+        Raises Lost if a fresh start is no use: it is wanted only to be stopped, or was killed for want of memory.
+        Raises ProcessLookupError if the container has ended."""
 
     async def ready(self) -> None:
         """Waits until the application that `up()` has brought back can be given its packets."""
@@ -251,12 +251,15 @@ class Checkpoint(Restart):
                 if self._workload.ended():
                     raise ProcessLookupError("the container has ended") from error
                 log.error("restore failed (attempt %d of %d): %s", attempt, RESTORE_ATTEMPTS, error)
-                failure = str(error)
+                failure = error
+        if isinstance(failure, OutOfMemory):
+            # There was room for it when it was checkpointed. kubelet is to see what it sees of whoever has too little.
+            raise Lost(f"restore failed: {failure}")
         return await self._do_without(f"restore failed: {failure}", stops)
 
     async def _do_without(self, why: str, stops: Callable[[], bool]) -> str:
         if stops():
-            raise Lost(why)
+            raise Lost(f"it is to stop, but {why}")
         await self._start_afresh()
         return f"started afresh, its state was lost: {why}"
 

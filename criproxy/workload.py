@@ -9,12 +9,12 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from criproxy import aftermath, checkpoint, processes, streams
 from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import CheckpointError, Criu, RestoreError
+from criproxy.checkpoint import CheckpointError, Criu, OutOfMemory, RestoreError
 from criproxy.entanglement import entanglement, listens_in_volume
 from criproxy.freezer import Freezer
 from criproxy.pages import Loader
@@ -33,6 +33,12 @@ SHARED_FACTOR = 1.25
 
 # In the checkpoint's folder: how much anonymous memory the container's cgroup had when it was dumped.
 _ANONYMOUS = "anonymous"
+
+ROOM_BYTES = 4 << 20
+"""What a limit of memory must leave for a restore: CRIU needs nearly 3 MiB in the container (measured)."""
+
+LIMITS_SECONDS = 5.0
+"""How long a restore waits for a change of limits that the runtime is at."""
 
 END_SECONDS = 10.0
 """How long an application may take to end after its stop signal before it is killed (tier restart)."""
@@ -88,6 +94,11 @@ class Processes:
 
     def memory(self) -> int:
         return self._cgroup.memory()
+
+    @contextlib.asynccontextmanager
+    async def limits_change(self) -> AsyncIterator[None]:
+        """Somebody else changes the container's limits meanwhile."""
+        yield
 
     def out_of_reach(self) -> int | None:
         """The application's pid if the one who gets the stop signal may not pass it on; None if all is well."""
@@ -155,6 +166,7 @@ class Workload(Processes):
         self._criu = criu
         self._images = folder / "checkpoint"
         self._limits = folder / "limits.json"
+        self._limits_lock = asyncio.Lock()
         self._stop_signal = stop_signal
         self._lazy = lazy
         self._eagerly = False
@@ -188,6 +200,10 @@ class Workload(Processes):
             why = f"its unix sockets can't be listed: {error}"
         if why is not None:
             raise CheckpointError(why)
+        if (room := self._cgroup.room()) is not None and room < ROOM_BYTES:
+            raise CheckpointError(
+                f"its limit of memory leaves {max(room, 0) / 2**20:.1f} MiB, and a restore takes {ROOM_BYTES >> 20}"
+            )
         self._forget_loader()
         anonymous = self._cgroup.anonymous()
         await self._criu.dump(self.init_pid, self._images, unless, close=self._close, stop_clock=self._stop_clock)
@@ -213,16 +229,34 @@ class Workload(Processes):
             log.warning("pid %d: keep-alives of its connections aren't answered: %s", self.init_pid, error)
             return {}
 
+    @contextlib.asynccontextmanager
+    async def limits_change(self) -> AsyncIterator[None]:
+        """None is lifted meanwhile, or the old one would be put back over one that reads as no limit does."""
+        async with self._limits_lock:
+            yield
+
     async def restore(self, *, lazily: bool) -> None:
-        with self._cgroup.lifted(self._limits):
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(LIMITS_SECONDS):
+                    await stack.enter_async_context(self._limits_lock)
+            except TimeoutError:
+                log.warning("pid %d: the runtime hangs at a change of its limits: they aren't lifted", self.init_pid)
+            else:
+                stack.enter_context(self._cgroup.lifted(self._limits))
+            killed = self._cgroup.oom_kills()
             self._loader = self._criu.loader(self._images) if lazily and self._pays() else None
             try:
                 await self._criu.restore(self.init_pid, self._images, self._cgroup, self._loader, close=self._close)
-            except RestoreError:
+            except RestoreError as error:
                 # Such as address space reserved beyond the machine's memory (MariaDB), which CRIU can't map twice: it
                 # would fail at each wake.
                 self._eagerly |= self._loader is not None
                 self._forget_loader()
+                if self._cgroup.oom_kills() > killed:
+                    raise OutOfMemory(
+                        "its container's or its pod's limit of memory is too low for it", error.log
+                    ) from error
                 raise
 
     def _pays(self) -> bool:

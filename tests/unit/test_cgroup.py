@@ -256,6 +256,32 @@ def test_reclaiming_on_v1_is_all_or_nothing(machine: Machine, legacy: dict[str, 
     assert (legacy["memory"] / "memory.force_empty").read_text() == "0"
 
 
+def test_the_room_below_limits_of_v1(machine: Machine, legacy: dict[str, Path]) -> None:
+    group, own = machine.cgroup(), legacy["memory"]
+    own.joinpath("memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert group.room() is None
+    own.joinpath("memory.limit_in_bytes").write_text("20000\n")
+    write(own, {"memory.usage_in_bytes": "9000\n", "memory.stat": "total_inactive_file 1000\ntotal_active_file 500\n"})
+    assert group.room() == 12500
+    write(own.parent, {"memory.limit_in_bytes": "10000\n", "memory.usage_in_bytes": "9500\n"})
+    assert group.room() == 500
+
+
+def test_limits_of_v2_are_no_matter(machine: Machine, unified: Path) -> None:
+    assert machine.cgroup().room() is None
+
+
+def test_what_was_killed_for_want_of_memory(machine: Machine, legacy: dict[str, Path]) -> None:
+    assert machine.cgroup().oom_kills() == 0
+    (legacy["memory"] / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+    assert machine.cgroup().oom_kills() == 3
+
+
+def test_what_was_killed_for_want_of_memory_on_v2(machine: Machine, unified: Path) -> None:
+    (unified / "memory.events").write_text("low 0\nhigh 0\nmax 5\noom 2\noom_kill 2\noom_group_kill 0\n")
+    assert machine.cgroup().oom_kills() == 2
+
+
 def as_the_kernel_shows_them(folder: Path) -> None:
     """Plain files show what was written over what was there; the kernel shows the setting."""
     for level in (folder, folder.parent):

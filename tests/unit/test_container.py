@@ -13,7 +13,7 @@ import pytest
 
 from criproxy import container as container_module
 from criproxy import scaledown
-from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, RestoreError
+from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
 from criproxy.container import Container, Record, State
 from criproxy.freezer import FreezeError
 from criproxy.pod_maps import Stream
@@ -1089,6 +1089,25 @@ async def test_it_is_not_parked_in_the_middle_of_work_that_the_network_does_not_
     assert "park_new" not in f.log
     f.workload.work = None
     await f.until(State.SCALED_DOWN)
+
+
+async def test_what_does_not_fit_its_limit_of_memory_any_more_is_killed_as_by_the_kernel(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    f.workload.restore_errors = [OutOfMemory("too low")] * scaledown.RESTORE_ATTEMPTS
+    f.packet()
+    await eventually(lambda: f.workload.gone)
+    assert f.log[-1] == "kill container"
+    assert "start_afresh" not in f.log
+
+
+async def test_what_found_memory_in_the_end_is_back(make: Make) -> None:
+    f = make()
+    await f.until(State.SCALED_DOWN)
+    f.workload.restore_errors = [OutOfMemory("too low")]
+    f.packet()
+    await f.until(State.RUNNING)
+    assert not f.workload.gone
 
 
 # --- A checkpoint for somebody else ---------------------------------------------------------------------

@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 from criproxy import interceptors as interceptors_module
 from criproxy import policy, rewrite
 from criproxy.api import cri_pb2 as cri
-from criproxy.calls import Answer, Call, methods
+from criproxy.calls import Abort, Answer, Call, methods
 from criproxy.container import Record, State
 from criproxy.interceptors import Interceptors
 from criproxy.runtime import CriError, ImageConfig
@@ -211,3 +213,39 @@ async def test_what_containerd_does_not_remove_stays_as_it_is(monkeypatch: pytes
     asked, record = await create(monkeypatch, missing=True, removable=False)
     assert asked == [b"with init"]
     assert (record.id, record.bundle) == ("c1", "/bundle")
+
+
+@pytest.mark.parametrize(
+    ("timeout", "code", "text"),
+    [
+        (-1, grpc.StatusCode.INVALID_ARGUMENT, "timeout: -1 s; 0 (none) or more would be right"),
+        (1, grpc.StatusCode.DEADLINE_EXCEEDED, "default/web/app was not checkpointed within 1 s; it goes on as before"),
+    ],
+)
+async def test_the_time_limit_of_a_checkpoint(timeout: int, code: grpc.StatusCode, text: str, tmp_path: Path) -> None:
+    given_up = asyncio.Event()
+
+    async def snapshot(_: Path) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+
+    async def told(_: object) -> Any:
+        return None
+
+    record = SimpleNamespace(namespace="default", pod="web", name="app", id="c1", bundle="/bundle")
+    member = SimpleNamespace(container=SimpleNamespace(snapshot=snapshot), record=record)
+    node: Any = SimpleNamespace(member=lambda _: member)
+    runtime: Any = SimpleNamespace(container_status=told, mounts=told)
+    config: Any = SimpleNamespace(state_dir=tmp_path)
+    nothing: Any = None
+    interceptors = Interceptors(config, node, runtime, nothing, nothing, nothing)
+    request = cri.CheckpointContainerRequest(container_id="c1", location=str(tmp_path / "c1.tar"), timeout=timeout)
+    method = methods("CheckpointContainer")[0]
+    with pytest.raises(Abort) as caught:
+        await interceptors.by_method()[method](Call(method, request.SerializeToString(), nothing))
+    assert (caught.value.code, caught.value.message) == (code, text)
+    assert given_up.is_set() == (timeout > 0)
+    assert not list(tmp_path.glob("archives/*"))
+    await interceptors.close()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from criproxy import checkpoint
-from criproxy.checkpoint import CheckpointError, RestoreError
+from criproxy import workload as workload_module
+from criproxy.checkpoint import CheckpointError, OutOfMemory, RestoreError
 from criproxy.policy import Lazy
 from criproxy.workload import Processes, Workload, signal_number
 
@@ -59,7 +61,7 @@ async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
     workload.init_pid, workload._images, workload._loader, workload._close = 1, tmp_path, None, False
     workload._unix_sockets, workload._stop_clock = list, True
     workload._criu = SimpleNamespace(dump=dump)
-    workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None, procs=list)
+    workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None, procs=list, room=lambda: None)
     assert await workload.dump(asyncio.Event()) == 4
 
 
@@ -90,14 +92,74 @@ async def test_what_could_not_be_loaded_lazily_once_is_not_tried_so_again(tmp_pa
         if loader is not None:
             raise RestoreError("there isn't enough memory")
 
-    workload: Any = Workload.__new__(Workload)
-    workload.init_pid, workload._images, workload._close, workload._limits = 1, tmp_path, False, tmp_path / "limits"
-    workload._loader, workload._eagerly, workload._lazy = None, False, Lazy.ALWAYS
-    loader = SimpleNamespace(close=lambda: None)
-    workload._criu = SimpleNamespace(restore=restore, loader=lambda _: loader)
-    workload._cgroup = SimpleNamespace(lifted=lambda _: contextlib.nullcontext())
+    workload, loader = restoring(tmp_path, restore)
+    workload._lazy = Lazy.ALWAYS
     with pytest.raises(RestoreError):
         await workload.restore(lazily=True)
     await workload.restore(lazily=False)
     await workload.restore(lazily=True)
     assert given == [loader, None, None]
+
+
+def restoring(folder: Path, restore: object, **cgroup: Any) -> tuple[Any, object]:
+    """A workload, and the loader that it would start."""
+    workload: Any = Workload.__new__(Workload)
+    workload.init_pid, workload._images, workload._close, workload._limits = 1, folder, False, folder / "limits"
+    workload._loader, workload._eagerly, workload._lazy = None, False, Lazy.NEVER
+    workload._limits_lock = asyncio.Lock()
+    loader = SimpleNamespace(close=lambda: None)
+    workload._criu = SimpleNamespace(restore=restore, loader=lambda _: loader)
+    fakes = {"lifted": lambda _: contextlib.nullcontext(), "oom_kills": lambda: 0}
+    workload._cgroup = SimpleNamespace(**{**fakes, **cgroup})
+    return workload, loader
+
+
+async def test_limits_are_not_lifted_while_the_runtime_changes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def lifted(_: Path) -> Iterator[None]:
+        log.append("lifted")
+        yield
+        log.append("put back")
+
+    async def restore(*_: object, **__: object) -> None:
+        log.append("restored")
+
+    workload, _ = restoring(tmp_path, restore, lifted=lifted)
+    async with workload.limits_change():
+        task = asyncio.create_task(workload.restore(lazily=False))
+        await asyncio.sleep(0.01)
+        log.append("changed")
+    await task
+    assert log == ["changed", "lifted", "restored", "put back"]
+    # A runtime that hangs is waited for only for a while.
+    log.clear()
+    monkeypatch.setattr(workload_module, "LIMITS_SECONDS", 0.01)
+    async with workload.limits_change():
+        await workload.restore(lazily=False)
+    assert log == ["restored"]
+
+
+async def test_a_restore_that_was_killed_for_want_of_memory_says_so(tmp_path: Path) -> None:
+    kills = iter((3, 4, 4, 4))
+
+    async def restore(*_: object, **__: object) -> None:
+        raise RestoreError("CRIU ended with code 1")
+
+    workload, _ = restoring(tmp_path, restore, oom_kills=lambda: next(kills))
+    with pytest.raises(OutOfMemory, match="limit of memory is too low"):
+        await workload.restore(lazily=False)
+    with pytest.raises(RestoreError, match="code 1") as caught:
+        await workload.restore(lazily=False)
+    assert not isinstance(caught.value, OutOfMemory)
+
+
+async def test_what_could_not_be_restored_below_its_limit_is_not_checkpointed(tmp_path: Path) -> None:
+    workload: Any = Workload.__new__(Workload)
+    workload.init_pid, workload._unix_sockets = 1, list
+    workload._cgroup = SimpleNamespace(procs=list, room=lambda: 3 << 20)
+    with pytest.raises(CheckpointError, match=r"its limit of memory leaves 3\.0 MiB, and a restore takes 4"):
+        await workload.dump(asyncio.Event())
