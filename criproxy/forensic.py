@@ -108,7 +108,8 @@ def _write(
 ) -> None:
     with _new_file(location) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
         texts = {
-            "config.dump": _config(info),
+            # CRIU writes the inventory last. What sleeps may have been checkpointed long ago.
+            "config.dump": _config(info, (folder / _BELOW / "inventory.img").stat().st_mtime),
             "spec.dump": json.dumps(info.spec),
             "status.dump": _status(info.status),
         }
@@ -148,7 +149,7 @@ def _new_file(location: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def _config(info: ContainerInfo) -> str:
+def _config(info: ContainerInfo, checkpointed: float) -> str:
     status = info.status
     labels = [status.labels.get(f"io.kubernetes.pod.{name}", "") for name in ("name", "namespace", "uid")]
     return json.dumps(
@@ -160,7 +161,7 @@ def _config(info: ContainerInfo) -> str:
             "rootfsImageName": status.image.image,
             "runtime": info.runtime,
             "createdTime": _rfc3339(status.created_at / 1e9),
-            "checkpointedTime": _rfc3339(time.time()),
+            "checkpointedTime": _rfc3339(checkpointed),
             "restoredTime": "0001-01-01T00:00:00Z",
             "restored": False,
         }

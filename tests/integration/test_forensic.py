@@ -8,6 +8,7 @@ import socket
 import tarfile
 import threading
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 
 import grpc
@@ -108,6 +109,8 @@ def test_what_sleeps_is_archived_without_waking_it(
     archive = Archive(location, tmp_path)
     archive.check(specimen.container)
     assert archive.holds(TEXT)
+    checkpointed = datetime.fromisoformat(str(archive.json("config.dump")["checkpointedTime"]))
+    assert abs(checkpointed.timestamp() - before.since.seconds) < 2, "when it was, not when it was asked for"
     assert not list((daemon.state_dir / "archives").iterdir())
     # It is as good as before.
     assert specimen.ask("get") == TEXT
