@@ -80,8 +80,44 @@ static __always_inline int active(const struct packet *p)
 	return p->four.proto == IPPROTO_UDP || p->payload || (p->flags & SYN);
 }
 
+#define HOUSEKEEPING 256 /* bytes of a payload that may be nothing else */
+#define FRAMES 8
+
+/*
+ * Whether a payload is nothing but HTTP/2's own housekeeping (RFC 9113): its preface, SETTINGS, PING, WINDOW_UPDATE. That
+ * is neither a request nor an answer: after an answer a gRPC client sends some, and then waits for nothing; and a server
+ * that sends some has not answered yet.
+ */
+__noinline int housekeeping(struct __sk_buff *skb, const struct packet *p)
+{
+	__u32 offset, end;
+	__u8 frame[9];
+
+	if (!p || p->payload < sizeof(frame) || p->payload > HOUSEKEEPING)
+		return 0;
+	offset = network_header(skb) + p->data;
+	end = offset + p->payload;
+	if (bpf_skb_load_bytes(skb, offset, frame, sizeof(frame)))
+		return 0;
+	if (frame[0] == 'P' && frame[1] == 'R' && frame[2] == 'I' && frame[3] == ' ' && frame[4] == '*')
+		offset += 24;
+	for (int i = 0; i < FRAMES && offset < end; i++) {
+		__u32 length;
+
+		if (bpf_skb_load_bytes(skb, offset, frame, sizeof(frame)) || frame[0] || frame[1])
+			return 0;
+		length = frame[2];
+		if (!(frame[3] == 4 && length % 6 == 0) && !(frame[3] == 6 && length == 8) &&
+		    !(frame[3] == 8 && length == 4))
+			return 0;
+		offset += sizeof(frame) + length;
+	}
+	return offset == end;
+}
+
 /* What is sent once more isn't news: it may cross with its answer, and would look like another request then. */
-static __noinline int note(const struct four *four, const struct packet *p, int incoming, __u64 now)
+static __noinline int note(struct __sk_buff *skb, const struct four *four, const struct packet *p, int incoming,
+			   __u64 now)
 {
 	struct talk *known = bpf_map_lookup_elem(&talks, four), fresh = {};
 	struct talk *talk = known ? known : &fresh;
@@ -91,8 +127,11 @@ static __noinline int note(const struct four *four, const struct packet *p, int 
 
 	if (*last && !(p->flags & SYN) && (__s32)(ends - *end) <= 0)
 		return 0;
-	*last = now;
 	*end = ends;
+	if (*last && housekeeping(skb, p))
+		talk->http2 = 1;
+	else
+		*last = now;
 	return known ? 0 : bpf_map_update_elem(&talks, four, &fresh, BPF_ANY);
 }
 
@@ -258,7 +297,7 @@ int ingress(struct __sk_buff *skb)
 		turned(&back);
 		sight.sent = own(&back, &sender, &other);
 		if (tcp)
-			note(&back, &p, 0, bpf_ktime_get_ns());
+			note(skb, &back, &p, 0, bpf_ktime_get_ns());
 		visit = tcp && visited(skb, &p, &sight);
 		if (sight.sent && !visit)
 			count(&p, &sender, 0, bpf_ktime_get_ns());
@@ -267,7 +306,7 @@ int ingress(struct __sk_buff *skb)
 	}
 	if (counts) {
 		if (tcp)
-			note(&p.four, &p, 1, bpf_ktime_get_ns());
+			note(skb, &p.four, &p, 1, bpf_ktime_get_ns());
 		if (!visit && (sight.owned || !sight.sent))
 			count(&p, sight.owned ? &sight.owner : NULL, 1, bpf_ktime_get_ns());
 	}
@@ -343,7 +382,7 @@ int egress(struct __sk_buff *skb)
 	if (counts) {
 		now = bpf_ktime_get_ns();
 		if (p.four.proto == IPPROTO_TCP)
-			note(&p.four, &p, 0, now);
+			note(skb, &p.four, &p, 0, now);
 		if (!visit)
 			count(&p, owned ? &owner : NULL, 0, now);
 	}

@@ -310,9 +310,10 @@ class Gate:
             return None
         # The kernel's clocks have the ticks of its timer: a request within the tick of the last answer looks as if they
         # came together, and so does a connection that was just made, or restored, and has had no request at all. Those
-        # of the hook are exact, but take what the kernel has thrown away for a request.
+        # of the hook are exact, but take what the kernel has thrown away for a request. They alone know HTTP/2's
+        # housekeeping from requests and answers.
         later = s.last_received < s.last_sent if talk is None else talk.received > talk.sent
-        if incoming and later and s.last_received <= s.last_sent:
+        if incoming and later and (s.last_received <= s.last_sent or (talk is not None and talk.http2)):
             return f"a request from {_address(s)} to port {s.local[1]} waits for its answer since {since:.1f} s"
         if s.receive_queue > (s.state == "CLOSE_WAIT"):  # the end of a connection counts as a byte in the queue
             return f"data from {_address(s)} waits to be read since {since:.1f} s"

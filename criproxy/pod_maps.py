@@ -18,7 +18,7 @@ from criproxy.sockets import Flow
 
 SLOTS: Final = 16
 """Containers per pod that have a slot."""
-LAYOUT: Final = 3
+LAYOUT: Final = 4
 
 U32: Final = struct.Struct("=I")
 POD: Final = struct.Struct("=4I")
@@ -31,7 +31,7 @@ _PORT: Final = struct.Struct("=2sBx")
 _OWNER: Final = struct.Struct("=II")
 _FOUR: Final = struct.Struct("=16s16s2s2sB3x")
 _FLOW: Final = struct.Struct("=6I")
-_TALK: Final = struct.Struct("=2Q2I")
+_TALK: Final = struct.Struct("=2Q4I")
 _VISIT: Final = struct.Struct("=5I4B")
 _RECORD: Final = struct.Struct("=HBx4IHBBQ")
 _COPY: Final = struct.Struct("=40s4IQ3B5x")
@@ -186,6 +186,8 @@ class Talk:
 
     received: float
     sent: float
+    http2: bool = False
+    """What HTTP/2 says for itself (SETTINGS, PING, WINDOW_UPDATE) came by as well, and isn't in these times."""
 
     @property
     def last(self) -> float:
@@ -257,8 +259,8 @@ def flow_value(slot: int, stream: Stream | None = None) -> bytes:
 
 
 def talk(value: bytes) -> Talk:
-    received, sent = _TALK.unpack(value)[:2]
-    return Talk(received / 1e9, sent / 1e9)
+    received, sent, _, _, http2, _ = _TALK.unpack(value)
+    return Talk(received / 1e9, sent / 1e9, bool(http2))
 
 
 def visit(value: bytes) -> tuple[Visitor, int, bool]:

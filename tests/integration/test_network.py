@@ -14,7 +14,7 @@ from topology import PEER4, POD4, POD6, Topology, make_socket, run, segment
 from traffic import ADDRESSES, HTTP, Hook, ask, connect, contextmanaged, plain, receive, send, serving
 
 from criproxy.network import NetworkError, PodNetwork
-from criproxy.pod_maps import Park
+from criproxy.pod_maps import Park, Talk
 from criproxy.policy import Port
 from criproxy.sockets import Flow
 
@@ -202,6 +202,38 @@ async def test_a_request_that_is_sent_once_more_is_no_other_request(net: Topolog
             talk = hook.network.talk(flow)
             assert talk is not None
             assert talk.received > answered.sent
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def frame(kind: int, flags: int = 0, payload: bytes = b"") -> bytes:
+    """Of HTTP/2: RFC 9113, 4.1."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + bytes(4) + payload
+
+
+async def test_what_http2_says_for_itself_is_neither_request_nor_answer(net: Topology, hook: Hook) -> None:
+    settings, acknowledged = frame(4, 0, bytes(6)), frame(4, 1)
+    ping, window, request = frame(6, 1, bytes(8)), frame(8, 0, b"\0\0\1\0"), frame(1, 4, b"hpack")
+    async with serving(net):
+        with closing(await connect(net, "peer", POD4)) as client:
+            flow = Flow("tcp", (POD4, 80), client.getsockname())
+
+            async def talk(payload: bytes) -> Talk:
+                await ask(client, payload)  # it comes back as the answer
+                await asyncio.sleep(0.05)
+                found = hook.network.talk(flow)
+                assert found is not None
+                return found
+
+            opened = await talk(PREFACE + settings)
+            assert opened.http2
+            assert await talk(ping + window + acknowledged) == opened
+            asked = await talk(window + request)
+            assert asked.received > opened.received
+            assert asked.sent > opened.sent
+            assert await talk(ping[:-1] + b"x") == asked
+            assert (await talk(ping[:-1])).received > asked.received
 
 
 async def test_outgoing_connections_count_for_every_slot(net: Topology, hook: Hook) -> None:

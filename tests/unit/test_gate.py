@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import struct
 import time
@@ -425,6 +426,16 @@ def test_the_ports_of_one_that_is_gone_are_nobody_s(network: FakeNetwork) -> Non
     network.assigned = {METRICS}, {DNS}
     made.close()
     assert network.assigned == (set(), set())
+
+
+def test_http2_s_housekeeping_is_no_answer(network: FakeNetwork) -> None:
+    made = gate(network)
+    asked = connection(80, received=5000, sent=100)  # the kernel can't tell what was sent
+    network.all.append(asked)
+    network.known[asked.flow] = ago(5.0, 9.0)
+    assert made.unsettled() is None
+    network.known[asked.flow] = dataclasses.replace(ago(5.0, 9.0), http2=True)
+    assert "waits for its answer since 5.0 s" in (made.unsettled() or "")
 
 
 def test_a_port_is_known_as_its_own_before_it_was_ever_idle(network: FakeNetwork) -> None:
