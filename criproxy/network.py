@@ -13,6 +13,13 @@ A slot is parked and woken like this:
     network.park(slot, Park.PASS)
     network.poll(); network.send(…)         # what came in between
 
+Visitors (`pod_maps.Visitor`: kubelet, above all) are looked at before their connections count as activity. While the
+slot runs they reach the application, and `on_watched` gets copies; `not_a_probe` makes one count. While it is parked
+`listen` has the connections that `answer` names.
+
+This file is long, for it is all that is done to a pod's maps, which tell one story; what lies in them, and what else
+is changed in a pod, is in pod_maps.py and pod_namespace.py.
+
 Not thread-safe: one thread at a time. `attach`, `adopt` and `problem` may run in another thread than the rest.
 """
 
@@ -20,7 +27,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import secrets
 import socket
@@ -31,7 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
-from criproxy import kubelet, netlink, packet, pod_maps, sockets
+from criproxy import kubelet, netlink, packet, pod_maps, pod_namespace, sockets
 from criproxy.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
 from criproxy.namespaces import in_network_namespace
 from criproxy.netlink import DIRECTIONS, Direction, Link, Netlink
@@ -69,22 +75,6 @@ PREFERENCE: Final = 7
 """Where our filters are in a link's list. Before others', so that a packet which is sent again passes theirs once."""
 HANDLE: Final = 0xC71
 NAME: Final = "criproxy"
-
-LISTENER_PORTS: Final = range(61000, 65536)
-"""Above those that the kernel hands out by itself, and seldom an application's. Nobody connects to it."""
-LISTENER_QUEUE: Final = 128
-IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75
-"""linux/in.h, linux/in6.h; Python has no names for them."""
-
-_SETTINGS: Final = (
-    # What is sent again to lo carries no route: without these the kernel drops 127.0.0.1 and the pod's own addresses
-    # as source or target. They concern lo alone, so nothing from outside gets in by them.
-    ("/proc/sys/net/ipv4/conf/lo/route_localnet", "0", "1"),
-    ("/proc/sys/net/ipv4/conf/lo/accept_local", "0", "1"),
-    # CRIU can't dump MPTCP sockets, which Go's servers listen with where they can get them.
-    ("/proc/sys/net/mptcp/enabled", "1", "0"),
-)
-"""(setting, value that is changed, value that it gets); the place in this list is the bit in the pod's map."""
 
 
 class _Closable(Protocol):
@@ -156,7 +146,7 @@ class PodNetwork:
             unpin(pins)
             raise
         try:
-            changed = in_network_namespace(netns, _change_settings)
+            changed = pod_namespace.change_settings(netns)
             self._maps["pod"].set(U32.pack(0), POD.pack(LAYOUT, 0, changed, 0))
             self._hook()
         except BaseException as error:
@@ -404,7 +394,7 @@ class PodNetwork:
         IPv6 with IPv4 in it where the pod has IPv6, else IPv4 alone. It doesn't block; whoever closes it has those
         connections parked. Raises OSError or BpfError.
         """
-        made = in_network_namespace(self.netns, _make_listener)
+        made = pod_namespace.make_listener(self.netns)
         try:
             self._maps["listener"].set(U32.pack(0), made.fileno().to_bytes(8, sys.byteorder))
         except BaseException:
@@ -511,7 +501,7 @@ class PodNetwork:
                     self._unhook(link.index, bool(known[link.index][1]))
             changed = POD.unpack(self._get("pod", 0))[2]
             if changed:
-                in_network_namespace(self.netns, lambda: _restore_settings(changed))
+                pod_namespace.restore_settings(self.netns, changed)
         except FileNotFoundError:
             pass  # the namespace file is gone: the pod is, and its settings with it
         except (OSError, BpfError) as error:
@@ -595,64 +585,6 @@ def _open_sockets(stack: contextlib.ExitStack, netns: Path) -> tuple[Netlink, Ne
         return in_network_namespace(netns, make)
     except OSError as error:
         raise NetworkError(f"Cannot enter the pod's network namespace {netns}: {error.strerror or error}") from error
-
-
-def _make_listener() -> socket.socket:
-    """Runs in the pod's namespace."""
-    made = _loopback_listener(socket.AF_INET6, "::1") or _loopback_listener(socket.AF_INET, "127.0.0.1")
-    if made is None:
-        raise OSError(errno.EADDRINUSE, "no port of the pod's loopback address is free")
-    return made
-
-
-def _loopback_listener(family: socket.AddressFamily, address: str) -> socket.socket | None:
-    """None: there is no such address, or no free port."""
-    for _ in range(16):
-        made: socket.socket | None = None
-        try:
-            made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            # Its connections have the application's ports, which that one must be able to listen on again.
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Where a pod has NAT rules (a mesh's), the kernel takes a SYN away from a socket whose ports differ from
-            # its own, unless that one is transparent.
-            made.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-            if family == socket.AF_INET6:
-                made.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            made.bind((address, LISTENER_PORTS.start + secrets.randbelow(len(LISTENER_PORTS))))
-            made.listen(LISTENER_QUEUE)
-            made.setblocking(False)
-            return made
-        except OSError as error:
-            if made is not None:
-                made.close()
-            if error.errno != errno.EADDRINUSE:
-                return None
-    return None
-
-
-def _change_settings() -> int:
-    """Runs in the pod's namespace. Returns the bits of what was changed."""
-    changed = 0
-    for bit, (path, before, value) in enumerate(_SETTINGS):
-        try:
-            with open(path) as setting:
-                present = setting.read().strip()
-            if present == before:
-                # Opened anew: the kernel ignores, without an error, what is written behind a setting's first byte.
-                with open(path, "w") as setting:
-                    setting.write(value)
-                changed |= 1 << bit
-        except FileNotFoundError:
-            continue  # a kernel without MPTCP or IPv4
-    return changed
-
-
-def _restore_settings(changed: int) -> None:
-    for bit, (path, before, _) in enumerate(_SETTINGS):
-        if changed & 1 << bit:
-            with open(path, "w") as setting:
-                setting.write(before)
 
 
 def _slot(slot: int) -> int:
