@@ -75,6 +75,7 @@ class Gate:
         self._visited = 0.0
         """When a connection that could have been a probe's was known to be none (monotonic seconds)."""
         self._commands = 0
+        self._commands_since = 0.0
         self._assign(self._ports | declared - quiet, self._quiet_ports & quiet)
 
     @property
@@ -137,9 +138,11 @@ class Gate:
     def command(self) -> Iterator[None]:
         """A command of kubelet's runs in the container (an exec probe). Connections that it makes are no activity:
         those that were opened meanwhile and don't outlive it."""
+        began = time.monotonic()
+        if not self._commands:
+            self._commands_since = began
         self._commands += 1
         self._watch_commands()
-        began = time.monotonic()
         try:
             yield
         finally:
@@ -231,6 +234,11 @@ class Gate:
             self._probing = not self._probing
             self.on_probing(self._probing)
         return probe
+
+    def _probing_at(self, moment: float) -> bool:
+        """Whether a probe was under way then. Its end may be still to come: idleness is looked for a certain time after
+        the last activity, and if probes come in the same rhythm, that is in the middle of one each time."""
+        return (self._commands > 0 and moment >= self._commands_since) or self._probes.during(moment)
 
     def _watch_commands(self) -> None:
         try:
@@ -338,6 +346,8 @@ class Gate:
         foreign_ports = {s.port for s in tcp if s.listening and s.inode not in inodes}
         slots_ports = self._network.all_ports()
         talks = self._network.talks()
+        # A probe began before what is said for its sake: now each of those is known.
+        self._network.poll()
         latest, complete = 0.0, False
         for flow, talk in talks.items():
             back = Flow(flow.proto, flow.remote, flow.local)
@@ -347,7 +357,7 @@ class Gate:
             if flow.port in self._quiet or (back in talks and back.port in self._quiet):
                 continue  # also before it is known who listens there
             may_be_own = flow in own or (flow not in foreign and flow.port not in foreign_ports)
-            if may_be_own and not self._probes.during(talk.last):
+            if may_be_own and not self._probing_at(talk.last):
                 latest = max(latest, talk.last)
         return latest if complete else activity.others
 

@@ -14,7 +14,7 @@ import math
 import shlex
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -177,16 +177,15 @@ class Probes:
 
     def under_way(self) -> str | None:
         """A probe that waits for its answer, in words."""
-        earliest = time.monotonic() - UNDER_WAY_SECONDS
-        for conversation in self._conversations.values():
-            if conversation.last >= earliest and (probe := conversation.under_way()) is not None:
-                return f"{probe} is under way"
-        return None
+        return next((f"{probe} is under way" for probe, _ in self._under_way()), None)
 
     def during(self, moment: float) -> bool:
-        """Whether a probe was under way at that time, so that what the application did then may be for its sake."""
+        """Whether a probe was, or is, under way at that time, so that what the application did then may be for its
+        sake."""
         place = bisect.bisect_right(self._spans, (moment, math.inf)) - 1
-        return place >= 0 and moment <= self._spans[place][1] + AFTERWARDS_SECONDS
+        if place >= 0 and moment <= self._spans[place][1] + AFTERWARDS_SECONDS:
+            return True
+        return any(conversation.last <= moment for _, conversation in self._under_way())
 
     # --- for the next daemon -------------------------------------------------------------------------------
 
@@ -219,6 +218,12 @@ class Probes:
             log.warning("%s can't be read, kubelet's next probes wake its container: %s", self._path, error)
 
     # --- inside --------------------------------------------------------------------------------------------
+
+    def _under_way(self) -> Iterator[tuple[Probe, Conversation]]:
+        earliest = time.monotonic() - UNDER_WAY_SECONDS
+        for conversation in self._conversations.values():
+            if conversation.last >= earliest and (probe := conversation.under_way()) is not None:
+                yield probe, conversation
 
     def _may_begin(self, now: float) -> bool:
         self._beginnings = min(BEGINNINGS, self._beginnings + max(0.0, now - self._began_at) * BEGINNINGS_PER_SECOND)

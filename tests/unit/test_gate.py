@@ -498,10 +498,11 @@ def test_what_it_says_to_others_for_a_probe_is_none_either(network: FakeNetwork)
     made.watched(copied(syn=True, seq=0))
     made.watched(copied(PROBE))
     now = time.monotonic()
-    made.watched(copied(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", incoming=False))
     network.known[Flow("tcp", (POD, 40000), (SERVER, 3306))] = Talk(now, now)
     network.known[Flow("tcp", (POD, 40001), (SERVER, 3306))] = Talk(now - 5, now - 6)
     network.seen = Activity(0.0, 0.0, now, now)
+    assert made.last_activity() == now - 5
+    made.watched(copied(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", incoming=False))
     assert made.last_activity() == now - 5
 
 
@@ -509,8 +510,9 @@ def test_nor_what_an_exec_probe_says_to_others(network: FakeNetwork) -> None:
     made = gate(network)
     with made.command():
         now = time.monotonic()
-    network.known[Flow("tcp", (POD, 40000), (SERVER, 3306))] = Talk(now, now)
-    network.seen = Activity(0.0, 0.0, now, now)
+        network.known[Flow("tcp", (POD, 40000), (SERVER, 3306))] = Talk(now, now)
+        network.seen = Activity(0.0, 0.0, now, now)
+        assert made.last_activity() == 0.0
     assert made.last_activity() == 0.0
 
 
