@@ -319,11 +319,13 @@ int ingress(struct __sk_buff *skb)
 	/* With the ports of a connection that sleeps: what follows would be taken for that one's, so it wakes. */
 	if (opens && visit && !flow &&
 	    (sight.owner.flags & (sight.over_lo ? ANSWERED(LOOPBACK) : ANSWERED(KUBELET)))) {
-		if (!hand_over(skb, &p))
+		int result = hand_over(skb, &p);
+
+		if (result == GIVEN)
 			return TC_ACT_UNSPEC;
-		probing = 1;
+		probing = result == NOBODY;
 		/* Sent again too early. The kernel would refuse it. */
-		if (replayed && *mode == ALL) {
+		if (probing && replayed && *mode == ALL) {
 			__sync_fetch_and_add(&counters->dropped, 1);
 			return TC_ACT_SHOT;
 		}

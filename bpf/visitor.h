@@ -261,9 +261,14 @@ static __always_inline __u32 tuple_of(const struct four *four, struct bpf_sock_t
 	return sizeof(tuple->ipv6);
 }
 
+#define GIVEN 0  /* the SYN is on its way */
+#define NOBODY 1 /* there is no listener now */
+#define REFUSED 2
+
 /*
- * The SYN of a visit becomes the listener's: 0. Also if its connection is there already, which the stack will find by itself, as
- * it does with all that follows. Not 0: there is no listener.
+ * The SYN of a visit becomes the listener's; what follows on its connection the stack finds by itself. It also finds a
+ * socket that is there already: of the same SYN, sent once more; or in TIME_WAIT, beside which the kernel makes no other,
+ * and which the SYN's answer ends before it comes again.
  */
 __noinline int hand_over(struct __sk_buff *skb, const struct packet *p)
 {
@@ -271,30 +276,32 @@ __noinline int hand_over(struct __sk_buff *skb, const struct packet *p)
 	struct bpf_sock *found;
 	struct visit *visit;
 	struct four four;
-	__u32 zero = 0, state, size;
+	__u32 zero = 0, size, listens;
 	long failed = -1;
 
 	if (!p)
-		return -1;
+		return REFUSED;
 	four = p->four;
 	size = tuple_of(&p->four, &tuple);
 	found = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	if (found) {
-		state = found->state;
+		listens = found->state == BPF_TCP_LISTEN;
 		bpf_sk_release(found);
-		if (state != BPF_TCP_LISTEN && state != BPF_TCP_TIME_WAIT)
-			return 0;
+		if (!listens)
+			return GIVEN;
 	}
 	found = bpf_map_lookup_elem(&listener, &zero);
 	if (!found)
-		return -1;
+		return NOBODY;
 	if (found->family == AF_INET6 || size == sizeof(tuple.ipv4))
 		failed = bpf_sk_assign(skb, found, 0);
 	bpf_sk_release(found);
-	visit = failed ? NULL : bpf_map_lookup_elem(&visits, &four);
+	if (failed)
+		return REFUSED;
+	visit = bpf_map_lookup_elem(&visits, &four);
 	if (visit)
 		visit->state = OURS;
-	return failed;
+	return GIVEN;
 }
 
 #endif

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -22,9 +23,10 @@ import pytest
 from topology import NODE4, POD4, POD6, Topology, family_of, make_socket, path, run
 from traffic import HTTP, Hook, ask, connect, receive, send, serving
 
-from criproxy.bpf import CgroupLink
+from criproxy import pod_maps, pod_namespace
+from criproxy.bpf import CgroupLink, Map
 from criproxy.config import Config
-from criproxy.kubelet import FOLDER, Kubelet
+from criproxy.kubelet import FOLDER, MAPS, Kubelet
 from criproxy.network import PodNetwork
 from criproxy.pod_maps import Park, Visitor, Watched
 from criproxy.policy import Port
@@ -214,6 +216,18 @@ async def test_what_is_closed_is_forgotten(stage: Stage, net: Topology) -> None:
             seen = len(stage.said())
             await ask(other, GET)
             assert len(stage.said()) == seen
+
+
+async def test_an_entry_lasts_as_long_as_its_connection(stage: Stage, net: Topology) -> None:
+    with closing(Map(net.bpffs / FOLDER / "connections", *MAPS["connections"])) as connections:
+        async with serving(net):
+            for address in (POD4, POD6, f"::ffff:{POD4}"):
+                with closing(await stage.connect(address)) as client:
+                    (found,) = connections.items()
+                    assert abs(struct.unpack("=Q", found[1])[0] / 1e9 - time.monotonic()) < 1.0
+                    assert pod_maps.flow(found[0]).remote[1] == client.getsockname()[1]
+                await settled()
+                assert connections.items() == []
 
 
 async def test_a_refused_connection_is_told(stage: Stage) -> None:
@@ -476,6 +490,49 @@ async def test_the_listener_answers_over_lo(stage: Stage, address: str) -> None:
     assert seen == [(Flow("tcp", (address, 80), here), Visitor.LOOPBACK)]
     assert stage.hook.packets == []
     assert not stage.active()
+
+
+async def test_ports_that_were_used_a_moment_ago_are_answered(stage: Stage) -> None:
+    """The pod's end of the earlier connection is in TIME_WAIT: the first SYN ends it, and is sent once more."""
+    stage.network.answer(0, {HTTP: KUBELET})
+    name = ("", 0)
+    async with answering(stage) as seen:
+        stage.network.park(0, Park.ALL)
+        for _ in range(3):
+            with closing(stage.make()) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                client.bind(name)
+                async with asyncio.timeout(3):
+                    await asyncio.get_running_loop().sock_connect(client, (POD4, 80))
+                await send(client, GET)
+                assert await receive(client, 7) == b"answer"
+                name = client.getsockname()
+            await settled()
+    assert len(seen) == 3
+
+
+async def test_a_listener_for_ipv4_alone(stage: Stage, net: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes over IPv6 all the same is parked, and wakes as ever."""
+    listening = pod_namespace._listening
+
+    def refuse(family: socket.AddressFamily, address: str) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EADDRNOTAVAIL, "no IPv6")
+        return listening(family, address)
+
+    monkeypatch.setattr(pod_namespace, "_listening", refuse)
+    stage.network.answer(0, {HTTP: KUBELET})
+    async with answering(stage), serving(net):
+        stage.network.park(0, Park.ALL)
+        with closing(await stage.connect(POD4)) as client:
+            await send(client, GET)
+            assert await receive(client, 6) == b"answer"
+        connecting = asyncio.create_task(stage.connect(POD6))
+        async with asyncio.timeout(2):
+            await stage.hook.wanted.wait()
+        stage.hook.wake()
+        with closing(await connecting) as client:
+            assert await ask(client, GET) == GET
 
 
 async def test_everybody_else_wakes(stage: Stage) -> None:
