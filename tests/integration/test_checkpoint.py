@@ -304,8 +304,8 @@ import select, signal
 def handler(*_):
     raise InterruptedError
 signal.signal(signal.SIGUSR1, handler)
-print("ready")
 try:
+    print("ready")
     select.poll().poll(100_000)
 except InterruptedError:
     print("woken")
@@ -314,6 +314,7 @@ except InterruptedError:
     container.hear("ready")
     application = checkpoint.application_pid(container.pid)
     assert application is not None
+    until(lambda: Path(f"/proc/{application}/stat").read_text().split(") ")[1][0] == "S")
     # Stopped, so that its handler can't run before the dump.
     os.kill(application, signal.SIGSTOP)
     until(lambda: Path(f"/proc/{application}/stat").read_text().split(") ")[1][0] == "T")
