@@ -30,10 +30,10 @@
  *   CRIU's first process has inherited for it, as CRIPROXY_KEPT says. CRIU itself can't be given what is watched.
  *
  * It guarantees: a call that only reads, and fails in exactly this way, gets the answer that it would get elsewhere. Every
- * other call and every other error passes unchanged; nothing that sets something is imitated. Of a thread's registers
- * only those of the waits above change, and none if a handler waits to run: EINTR is what its caller expects then. Only a child of CRIU's first
- * process becomes a subreaper: the root, and CRIU's own helpers, which don't live on. PID means what it means to CRIU, which
- * sees the container's PID namespace and its /proc.
+ * other call and every other error passes unchanged; nothing that sets something is imitated. Of a thread's registers only
+ * those of the waits above change, and none if a handler waits to run: EINTR is what its caller expects then. Only a child of
+ * CRIU's first process becomes a subreaper: the root, and CRIU's own helpers, which don't live on. PID means what it means to
+ * CRIU, which sees the container's PID namespace and its /proc.
  *
  * CRIU reads limits through libc's syscall(); libc's own prlimit() and prlimit64() are covered in case it changes.
  */
