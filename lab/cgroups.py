@@ -47,9 +47,10 @@ def create(name: str) -> None:
                 _pass_controllers_on(directory)
             directory /= part
             directory.mkdir(exist_ok=True)
-            # A v1 cpuset starts empty, and takes no process until it has processors and memory nodes.
+            # A v1 cpuset starts empty, and takes no process until it has processors and memory nodes. (On v2 an empty
+            # one has its parent's, and the root has no such file.)
             for file in ("cpuset.cpus", "cpuset.mems"):
-                if (directory / file).exists() and not (directory / file).read_text().strip():
+                if not is_v2(root) and (directory / file).exists() and not (directory / file).read_text().strip():
                     (directory / file).write_text((directory.parent / file).read_text())
 
 
