@@ -82,6 +82,10 @@ class Node:
             for member in list(sandbox.containers.values()):
                 await member.close()
             await sandbox.detach()
+            # kubelet may remove it much later: the next daemon needn't look for a network that is gone.
+            sandbox.record.problem = "the pod has been stopped"
+            with contextlib.suppress(OSError):
+                self._save(sandbox.record)
 
     async def removed_sandbox(self, sandbox_id: str) -> None:
         await self.stopped_sandbox(sandbox_id)

@@ -38,7 +38,7 @@ class Network:
 
     def __init__(self, netns: Path) -> None:
         self.netns = netns
-        self.log: list[tuple[object, ...]] = []
+        self.log: list[object] = []
 
     @classmethod
     def attach(cls, netns: Path, pins: Path) -> Network:
@@ -48,6 +48,11 @@ class Network:
         return cls.made[-1]
 
     def on_parked(self, callback: object) -> None: ...
+
+    def off_parked(self) -> None: ...
+
+    def detach(self) -> None:
+        self.log.append("detached")
 
     def on_watched(self, callback: object) -> None: ...
 
@@ -132,6 +137,17 @@ async def test_a_pod_is_taken_over_while_containerd_is_away(make: Any, runtime: 
     await node.adopt()
     assert node.sandboxes["pod"].record.problem == ""
     assert [network.netns for network in Network.made] == [Path("/netns")] * 2
+
+
+async def test_a_pod_that_was_stopped_is_not_hooked_again(make: Any) -> None:
+    node = make()
+    await node.add_sandbox(pod())
+    await node.stopped_sandbox("pod")
+    assert Network.made[0].log == ["detached"]
+    later = make()
+    await later.adopt()
+    assert list(later.sandboxes) == ["pod"]
+    assert len(Network.made) == 1
 
 
 async def test_the_record_of_a_pod_is_there_before_its_hook(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
