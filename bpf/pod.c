@@ -115,7 +115,10 @@ __noinline int housekeeping(struct __sk_buff *skb, const struct packet *p)
 	return offset == end;
 }
 
-/* What is sent once more isn't news: it may cross with its answer, and would look like another request then. */
+/*
+ * What is sent once more isn't news: it may cross with its answer, and would look like another request then.
+ * Returns whether it was any, so that what counts for nobody's slot is in `talks` with the very same time.
+ */
 static __noinline int note(struct __sk_buff *skb, const struct four *four, const struct packet *p, int incoming,
 			   __u64 now)
 {
@@ -124,15 +127,19 @@ static __noinline int note(struct __sk_buff *skb, const struct four *four, const
 	__u64 *last = incoming ? &talk->in : &talk->out;
 	__u32 *end = incoming ? &talk->in_end : &talk->out_end;
 	__u32 ends = p->seq + p->payload;
+	int news;
 
 	if (*last && !(p->flags & SYN) && (__s32)(ends - *end) <= 0)
 		return 0;
 	*end = ends;
-	if (*last && housekeeping(skb, p))
-		talk->http2 = 1;
-	else
+	news = !*last || !housekeeping(skb, p);
+	if (news)
 		*last = now;
-	return known ? 0 : bpf_map_update_elem(&talks, four, &fresh, BPF_ANY);
+	else
+		talk->http2 = 1;
+	if (!known)
+		bpf_map_update_elem(&talks, four, &fresh, BPF_ANY);
+	return news;
 }
 
 /* `owner` NULL: nobody's. A UDP port that isn't listed is nobody's and counts for none: DNS answers, mostly. */
@@ -263,7 +270,8 @@ int ingress(struct __sk_buff *skb)
 	struct flow *flow = NULL, *other;
 	struct slot *counters;
 	struct pod *settings;
-	int replayed = 0, visit = 0, probing = 0, tcp, counts, ends, opens;
+	int replayed = 0, visit = 0, probing = 0, news = 0, tcp, counts, ends, opens;
+	__u64 now;
 
 	/* Whoever sets a mark without knowing ours (CAP_NET_RAW suffices for setting) is treated as without it. */
 	if (mark && bpf_map_lookup_elem(&replay, &mark)) {
@@ -289,6 +297,7 @@ int ingress(struct __sk_buff *skb)
 	sight.over_lo = ifindex == LO;
 	sight.active = counts;
 	sight.commands = settings->commands;
+	now = bpf_ktime_get_ns();
 	if (counts && sight.over_lo) {
 		/* Both ends are the pod's. What one container sends another isn't activity of a third. */
 		struct four back = p.four;
@@ -297,18 +306,18 @@ int ingress(struct __sk_buff *skb)
 		turned(&back);
 		sight.sent = own(&back, &sender, &other);
 		if (tcp)
-			note(skb, &back, &p, 0, bpf_ktime_get_ns());
+			note(skb, &back, &p, 0, now);
 		visit = tcp && visited(skb, &p, &sight);
 		if (sight.sent && !visit)
-			count(&p, &sender, 0, bpf_ktime_get_ns());
+			count(&p, &sender, 0, now);
 	} else if (tcp && (counts || ends)) {
 		visit = visited(skb, &p, &sight);
 	}
 	if (counts) {
 		if (tcp)
-			note(skb, &p.four, &p, 1, bpf_ktime_get_ns());
-		if (!visit && (sight.owned || !sight.sent))
-			count(&p, sight.owned ? &sight.owner : NULL, 1, bpf_ktime_get_ns());
+			news = note(skb, &p.four, &p, 1, now);
+		if (!visit && (sight.owned || (news && !sight.sent)))
+			count(&p, sight.owned ? &sight.owner : NULL, 1, now);
 	}
 
 	mode = sight.owned ? bpf_map_lookup_elem(&modes, &sight.owner.slot) : NULL;
@@ -362,7 +371,7 @@ int egress(struct __sk_buff *skb)
 	struct owner owner = {};
 	struct packet p = {};
 	struct flow *flow;
-	int owned = 0, visit = 0, counts, ends;
+	int owned = 0, visit = 0, news = 0, counts, ends;
 	__u64 now;
 
 	if (skb->ifindex == LO) { /* counted on the way in */
@@ -384,8 +393,8 @@ int egress(struct __sk_buff *skb)
 	if (counts) {
 		now = bpf_ktime_get_ns();
 		if (p.four.proto == IPPROTO_TCP)
-			note(skb, &p.four, &p, 0, now);
-		if (!visit)
+			news = note(skb, &p.four, &p, 0, now);
+		if (!visit && (owned || news))
 			count(&p, owned ? &owner : NULL, 0, now);
 	}
 	return visit ? show(skb, &p, &p.four, 0) : TC_ACT_UNSPEC;

@@ -137,6 +137,23 @@ async def test_activity_in_both_directions(net: Topology, hook: Hook) -> None:
     assert hook.last_activity(1) == 0.0
 
 
+async def test_what_belongs_to_no_port_is_told_by_connection_with_the_same_times(net: Topology, hook: Hook) -> None:
+    network = hook.network
+    async with serving(net):
+        network.assign(0, {Port("tcp", 81)})
+        with closing(await connect(net, "peer", POD4)) as client:
+            flow = Flow("tcp", (POD4, 80), client.getsockname())
+            await ask(client, b"request")
+            await asyncio.sleep(0.1)
+            talk, seen = network.talk(flow), network.activity(0)
+            assert talk is not None
+            assert (seen.others_received, seen.others_sent) == (talk.received, talk.sent)
+            sent, received = sequence_numbers(client)
+            with closing(make_socket(net.peer, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw:
+                raw.sendto(segment(client.getsockname(), (POD4, 80), sent - 7, received, 0x18, b"request"), (POD4, 0))
+            assert network.activity(0) == seen  # once more
+
+
 async def test_what_is_not_activity(net: Topology, hook: Hook) -> None:
     async with serving(net):
         client = await connect(net, "peer", POD4)
