@@ -311,7 +311,7 @@ class _Visit:
         who = "kubelet" if self._visitor is Visitor.KUBELET else "within the pod"
         why = str(wants) if lesson else f"a connection from {who} to {self._flow.port}"
         if self._answerer.is_down():
-            log.info("%s is woken by %s", self._flow.port, why)
+            log.info("%s is woken by %s", self._flow.local[0], why)
         async with contextlib.AsyncExitStack() as hold, contextlib.AsyncExitStack() as connection:
             await hold.enter_async_context(self._answerer.awake(why))
             application = await self._connect(isinstance(client, _Secure))

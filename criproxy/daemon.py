@@ -58,7 +58,7 @@ async def serve(config: Config) -> None:
         profiles = Profiles(config.state_dir / "seccomp")
         # Before any pod: the hooks look into its maps.
         kubelet = stack.enter_context(contextlib.closing(Kubelet(config, pins)))
-        kubelet.look()
+        kubelet.look(called=False)
         interceptors = Interceptors(config, node, runtime, prepared, profiles, kubelet)
         stack.push_async_callback(node.close)
         stack.push_async_callback(interceptors.close)

@@ -73,8 +73,11 @@ class Kubelet:
         except (BpfError, OSError) as error:
             self._tell(f"kubelet's connections can't be watched: {error}")
 
-    def look(self) -> None:
-        """Finds kubelet's cgroup and attaches to it; again, if it is another one by now. Cheap if nothing changed."""
+    def look(self, *, called: bool = True) -> None:
+        """Finds kubelet's cgroup and attaches to it; again, if it is another one by now. Cheap if nothing changed.
+
+        `called`: kubelet must be there, as it has called us; when the daemon starts it may not be, yet.
+        """
         if self._program is None or self._unchanged():
             return
         if time.monotonic() - self._failed < _SEARCH_SECONDS:
@@ -84,7 +87,8 @@ class Kubelet:
             self._attach(self._program, cgroup)
         except (LookupError, BpfError, OSError) as error:
             self.cgroup, self._failed = None, time.monotonic()
-            self._tell(str(error.args[0]) if isinstance(error, LookupError) else str(error))
+            if called:
+                self._tell(str(error.args[0]) if isinstance(error, LookupError) else str(error))
         else:
             self.cgroup, self._inode, self._process = cgroup, cgroup.stat().st_ino, process
             self._tell("")

@@ -770,6 +770,9 @@ async def test_another_cgroup_of_the_same_name(net: Topology, hook: Hook) -> Non
     """Kubelet was restarted."""
     name = f"criproxy-test-{os.getpid()}"
     kubelet = Kubelet(Config(kubelet_cgroup=name), net.bpffs)
+    kubelet.look(called=False)
+    assert not kubelet.problem  # it may be about to start
+    kubelet._failed = 0.0
     kubelet.look()
     assert f"there is no cgroup {cgroup2() / name}" in kubelet.problem
     for _ in range(2):
