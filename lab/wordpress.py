@@ -174,14 +174,17 @@ class Site:
         )
 
     def request(self, method: str, path: str, form: Mapping[str, str] | None = None) -> tuple[int, str]:
-        """One request through the ingress, on a new connection: status and body. Raises OSError."""
+        """One request through the ingress, on a new connection: status and body. Raises OSError, or LabError."""
         connection = http.client.HTTPConnection(self.ingress, 80, timeout=client.TIMEOUT)
         with contextlib.closing(connection):
             body = urllib.parse.urlencode(form) if form else None
             headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode(errors="replace")
+            try:
+                connection.request(method, path, body, headers)
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode(errors="replace")
+            except http.client.HTTPException as error:
+                raise LabError(f"The ingress broke off: {error!r}") from error
 
     def page(self) -> float:
         """Seconds from a new connection's first packet to the whole front page, as `curl` has them. Raises LabError if
@@ -286,7 +289,7 @@ def main() -> int:
                 Demo(console, daemon, kubelet).show(options.rounds)
                 console.say("cleaning up: the pods, criproxy, containerd")
         console.good("done: every step went well, and nothing is left behind")
-    except (LabError, grpc.RpcError, OSError, pymysql.Error) as error:
+    except (LabError, control.ControlError, grpc.RpcError, OSError, pymysql.Error) as error:
         console.bad(f"the demo failed: {_sentence(error)}")
         return 1
     except KeyboardInterrupt:
@@ -327,7 +330,7 @@ class Demo:
             self._loop(site)
             if failures := probing.failures():
                 raise LabError(f"{len(failures)} probes failed, {failures[0]} among them")
-            say(f"in all that time none of {len(probing.results())} probes failed, and none woke anybody")
+            say(f"in all that time none of {len(probing.results())} probes failed")
         self._conclude()
 
     def _warm(self, site: Site) -> float:
