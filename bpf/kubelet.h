@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /*
  * Kubelet's connections: maps that the program on kubelet's cgroup (kubelet.c) shares with the hooks in the pods (pod.c).
- * criproxy/kubelet.py pins them, one of each for the whole node.
+ * criproxy/kubelet/connections.py pins them, one of each for the whole node.
  */
 #ifndef KUBELET_H
 #define KUBELET_H

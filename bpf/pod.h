@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /*
- * The maps of the hook in a pod, and what lies in them. criproxy/pod_maps.py has the same layouts in Python.
+ * The maps of the hook in a pod, and what lies in them. criproxy/hook/pod_maps.py has the same layouts in Python.
  */
 #ifndef POD_H
 #define POD_H

@@ -13,11 +13,11 @@ from typing import Any
 
 from criproxy import config, daemon, log
 from criproxy.api import control_pb2 as api
-from criproxy.bpf import BpfError
-from criproxy.bundle import BundleError
 from criproxy.config import Config, ConfigError
 from criproxy.control import ControlError, ask_status
-from criproxy.listen import ListenError
+from criproxy.cri.listen import ListenError
+from criproxy.criu.bundle import BundleError
+from criproxy.kernel.bpf import BpfError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

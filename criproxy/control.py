@@ -13,7 +13,7 @@ from grpc import aio
 
 from criproxy.api import control_pb2 as api
 from criproxy.container import State
-from criproxy.listen import listen
+from criproxy.cri.listen import listen
 from criproxy.node import Node
 from criproxy.sandbox import Member
 

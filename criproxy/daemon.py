@@ -13,19 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from criproxy import bpf, bundle, control, forensic
-from criproxy.checkpoint import Criu
+from criproxy import LIBEXEC, control
 from criproxy.config import Config
-from criproxy.interceptors import Interceptors
-from criproxy.kubelet import Kubelet
+from criproxy.cri import forensic
+from criproxy.cri.interceptors import Interceptors
+from criproxy.cri.proxy import Proxy
+from criproxy.cri.runtime import Runtime
+from criproxy.cri.seccomp import Profiles
+from criproxy.criu import bundle
+from criproxy.criu.checkpoint import Criu
+from criproxy.kernel import bpf
+from criproxy.kubelet.connections import Kubelet
 from criproxy.node import Node
-from criproxy.proxy import Proxy
-from criproxy.runtime import Runtime
-from criproxy.seccomp import Profiles
 
 log = logging.getLogger(__name__)
-
-LIBEXEC = Path(__file__).parent / "libexec"
 
 _Result = TypeVar("_Result")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from criproxy import processes
-from criproxy.sockets import UnixSocket
+from criproxy.kernel import processes
+from criproxy.kernel.sockets import UnixSocket
 
 
 def entanglement(init_pid: int, pids: Iterable[int], sockets: Iterable[UnixSocket]) -> str | None:

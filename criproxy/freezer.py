@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from criproxy import run
-from criproxy.cgroup import UNIFIED, Cgroup
+from criproxy.kernel.cgroup import UNIFIED, Cgroup
 
 log = logging.getLogger(__name__)
 

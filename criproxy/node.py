@@ -11,16 +11,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from criproxy import cgroup, checkpoint, kubelet, policy, processes
-from criproxy.bpf import BpfError
-from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import Criu
+from criproxy import policy
 from criproxy.config import Config
 from criproxy.container import Record, State
+from criproxy.cri.runtime import CriError, Runtime
+from criproxy.criu import checkpoint
+from criproxy.criu.checkpoint import Criu
 from criproxy.freezer import Freezer
-from criproxy.network import NetworkError, PodNetwork
+from criproxy.hook.network import NetworkError, PodNetwork
+from criproxy.kernel import cgroup, processes
+from criproxy.kernel.bpf import BpfError
+from criproxy.kernel.cgroup import Cgroup
+from criproxy.kubelet import connections as kubelet
 from criproxy.policy import Tier
-from criproxy.runtime import CriError, Runtime
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 log = logging.getLogger(__name__)

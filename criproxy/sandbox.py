@@ -12,19 +12,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from criproxy.answering import Answering
-from criproxy.bpf import BpfError
-from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Container, Record, State
-from criproxy.gate import Gate, NoGate
-from criproxy.namespaces import in_network_namespace
-from criproxy.network import NetworkError, PodNetwork
-from criproxy.pod_maps import SLOTS, Park, Parked, Watched
+from criproxy.criu.checkpoint import Criu
+from criproxy.hook.gate import Gate, NoGate
+from criproxy.hook.network import NetworkError, PodNetwork
+from criproxy.hook.pod_maps import SLOTS, Park, Parked, Watched
+from criproxy.kernel.bpf import BpfError
+from criproxy.kernel.namespaces import in_network_namespace
+from criproxy.kernel.sockets import UnixSocket
+from criproxy.kubelet.answering import Answering
+from criproxy.kubelet.probes import Probes
 from criproxy.policy import Answers, Connections, Policy, Port, Tier
-from criproxy.probes import Probes
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
-from criproxy.sockets import UnixSocket
 from criproxy.workload import Processes, Workload
 
 log = logging.getLogger(__name__)

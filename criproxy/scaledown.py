@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
+from criproxy.criu.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
 from criproxy.freezer import FreezeError
-from criproxy.pod_maps import Stream
+from criproxy.hook.pod_maps import Stream
+from criproxy.kernel.sockets import Flow
 from criproxy.policy import Tier
-from criproxy.sockets import Flow
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from criproxy import aftermath, checkpoint, processes, streams
-from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import CheckpointError, Criu, OutOfMemory, RestoreError
+from criproxy.criu import aftermath, checkpoint, streams
+from criproxy.criu.checkpoint import CheckpointError, Criu, OutOfMemory, RestoreError
+from criproxy.criu.pages import Loader
 from criproxy.entanglement import entanglement, listens_in_volume
 from criproxy.freezer import Freezer
-from criproxy.pages import Loader
-from criproxy.pod_maps import Stream
+from criproxy.hook.pod_maps import Stream
+from criproxy.kernel import processes
+from criproxy.kernel.cgroup import Cgroup
+from criproxy.kernel.sockets import Flow, UnixSocket
 from criproxy.policy import Clock, Connections, Lazy
-from criproxy.sockets import Flow, UnixSocket
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ import grpc
 
 from criproxy.api import control_pb2 as api
 from criproxy.control import ControlError, ask_status
-from criproxy.namespaces import in_network_namespace
+from criproxy.kernel.namespaces import in_network_namespace
 from lab import LabError, dialogues, plot, requirements
 from lab.console import Console, Table, milliseconds
 from lab.containerd import Containerd

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from criproxy import namespaces
-from criproxy.bundle import INSIDE, Bundle
+from criproxy.criu.bundle import INSIDE, Bundle
+from criproxy.kernel import namespaces
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ from specimen import build, eventually
 from topology import Topology, topology
 from traffic import HTTP, Hook
 
-import criproxy
-from criproxy import bundle, checkpoint
-from criproxy.bundle import Bundle
-from criproxy.checkpoint import Criu
-from criproxy.network import PodNetwork
+from criproxy import LIBEXEC
+from criproxy.criu import bundle, checkpoint
+from criproxy.criu.bundle import Bundle
+from criproxy.criu.checkpoint import Criu
+from criproxy.hook.network import PodNetwork
 from lab import inventory
 from lab.containerd import Containerd
 from lab.daemon import Daemon
@@ -44,10 +44,9 @@ def nothing_left(containerd: Containerd, daemon: Daemon) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def criu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    libexec = Path(criproxy.__file__).parent / "libexec"
-    root = libexec.parent.parent / ".build/criu"
+    root = LIBEXEC.parents[1] / ".build/criu"
     state = tmp_path_factory.mktemp("state")
-    return bundle.build(root, libexec, state) if root.is_dir() else bundle.prepare(libexec, state)
+    return bundle.build(root, LIBEXEC, state) if root.is_dir() else bundle.prepare(LIBEXEC, state)
 
 
 @pytest.fixture

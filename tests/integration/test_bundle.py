@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import bundle, kdat, namespaces, processes, run
-from criproxy.bundle import Bundle, BundleError
+from criproxy import LIBEXEC, run
+from criproxy.criu import bundle, kdat
+from criproxy.criu.bundle import Bundle, BundleError
+from criproxy.kernel import namespaces, processes
 
-PROJECT = Path(bundle.__file__).parent.parent
-LIBEXEC = PROJECT / "criproxy/libexec"
+PROJECT = LIBEXEC.parents[1]
 PR_SET_CHILD_SUBREAPER = 36
 MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
 
@@ -79,7 +80,7 @@ def application(compiled: Path) -> Iterator[int]:
             time.sleep(0.005)
         yield process.pid
     finally:
-        if processes.exists(process.pid):
+        if Path(f"/proc/{process.pid}").exists():
             os.kill(process.pid, 9)
             os.waitpid(process.pid, 0)
         process.returncode = -9

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from criproxy.cgroup import UNIFIED, Cgroup, restore_limits
+from criproxy.kernel.cgroup import UNIFIED, Cgroup, restore_limits
 from lab import CHECKOUT, cgroups
 
 ENTER = CHECKOUT / "criproxy" / "libexec" / "enter"

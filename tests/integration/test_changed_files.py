@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from box import Box, until
 
-from criproxy import checkpoint
-from criproxy.checkpoint import CheckpointError, Criu
+from criproxy.criu import checkpoint
+from criproxy.criu.checkpoint import CheckpointError, Criu
 from lab.volumes import mounted, project
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")

@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 from box import CAPABILITIES, Box, ask, redis, until
 
-from criproxy import checkpoint, processes, run
-from criproxy.bundle import Bundle
-from criproxy.checkpoint import AttributesChanged, CheckpointError, Criu, RestoreError
+from criproxy import run
+from criproxy.criu import checkpoint
+from criproxy.criu.bundle import Bundle
+from criproxy.criu.checkpoint import AttributesChanged, CheckpointError, Criu, RestoreError
+from criproxy.kernel import processes
 
 # Debian's redis-tools has the server too, under the name of its checker; argv[0] decides what it is.
 REDIS = ["bash", "-c", 'exec -a redis-server redis-check-rdb "$@"', "redis", "--save", "", "--dir", "/data"]

@@ -12,8 +12,8 @@ import pytest
 from topology import POD4, POD6, Topology, family_of, make_socket, run, segment
 from traffic import ADDRESSES, Hook, connect, plain, receive, serving
 
-from criproxy.namespaces import in_network_namespace
-from criproxy.pod_maps import Park
+from criproxy.hook.pod_maps import Park
+from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.policy import Port
 
 UDP_SEGMENT = 103

@@ -13,7 +13,7 @@ import pytest
 from box import CAPABILITIES, Box, until
 from matrix import Feature
 
-from criproxy.checkpoint import CheckpointError, Criu, GivenUp
+from criproxy.criu.checkpoint import CheckpointError, Criu, GivenUp
 
 ASLEEP_SECONDS = {"clocks": 0.5}
 """How long a feature's container sleeps, where that matters."""

@@ -15,8 +15,8 @@ import grpc
 import pytest
 from specimen import AWAKE, QUICK, Specimen, container_pids, eventually, seen, wait_for
 
-from criproxy import images
 from criproxy.api import cri_pb2 as cri
+from criproxy.criu import images
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet, Pod

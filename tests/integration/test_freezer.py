@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import netlink, sockets
 from criproxy.api import cri_pb2 as cri
-from criproxy.cgroup import UNIFIED, Cgroup
 from criproxy.entanglement import entanglement
 from criproxy.freezer import FreezeError, Freezer
-from criproxy.netlink import Netlink
+from criproxy.kernel import netlink, sockets
+from criproxy.kernel.cgroup import UNIFIED, Cgroup
+from criproxy.kernel.netlink import Netlink
 from lab import cgroups, inventory
 from lab.containerd import Containerd
 from lab.daemon import Daemon

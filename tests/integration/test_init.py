@@ -15,10 +15,11 @@ from typing import IO
 import pytest
 from box import until
 
-import criproxy
-from criproxy import checkpoint, processes
+from criproxy import LIBEXEC
+from criproxy.criu import checkpoint
+from criproxy.kernel import processes
 
-INIT = Path(criproxy.__file__).parent / "libexec/init"
+INIT = LIBEXEC / "init"
 SECONDS = 10
 
 
@@ -248,7 +249,7 @@ def test_init_dies_by_sigkill_from_outside_and_takes_all_along() -> None:
         application = container.application()
         container.kill(signal.SIGKILL)
         assert container.wait() != 0
-        assert not processes.exists(application)
+        assert not Path(f"/proc/{application}").exists()
 
 
 def test_who_may_be_signalled_follows_kill_2() -> None:
@@ -325,7 +326,7 @@ def test_started_afresh_what_is_left_of_the_old_one_is_killed() -> None:
         checkpoint.hold(container.pid)
         checkpoint.start(container.pid)
         container.line()
-        until(lambda: not processes.exists(old))
+        until(lambda: not Path(f"/proc/{old}").exists())
         assert container.application() != old
 
 

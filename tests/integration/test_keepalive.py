@@ -15,8 +15,8 @@ import pytest
 from topology import POD4, POD6, Topology, family_of, make_socket, segment
 from traffic import ADDRESSES, HTTP, Hook, connect, receive, send
 
-from criproxy.pod_maps import Park, Stream
-from criproxy.sockets import Flow
+from criproxy.hook.pod_maps import Park, Stream
+from criproxy.kernel.sockets import Flow
 
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS = 19, 20, 21, 22
 TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 24, 29

@@ -23,14 +23,14 @@ import pytest
 from topology import NODE4, POD4, POD6, Topology, family_of, make_socket, path, run
 from traffic import HTTP, Hook, ask, connect, receive, send, serving
 
-from criproxy import pod_maps, pod_namespace
-from criproxy.bpf import CgroupLink, Map
 from criproxy.config import Config
-from criproxy.kubelet import FOLDER, MAPS, Kubelet
-from criproxy.network import PodNetwork
-from criproxy.pod_maps import Park, Visitor, Watched
+from criproxy.hook import pod_maps, pod_namespace
+from criproxy.hook.network import PodNetwork
+from criproxy.hook.pod_maps import Park, Visitor, Watched
+from criproxy.kernel.bpf import CgroupLink, Map
+from criproxy.kernel.sockets import Flow
+from criproxy.kubelet.connections import FOLDER, MAPS, Kubelet
 from criproxy.policy import Port
-from criproxy.sockets import Flow
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: 10.0.0.1:80\r\nUser-Agent: kube-probe/1.31\r\nConnection: close\r\n\r\n"
 KUBELET = frozenset({Visitor.KUBELET})

@@ -29,8 +29,8 @@ from specimen import (
     wait_for,
 )
 
-from criproxy import processes
 from criproxy.api import cri_pb2 as cri
+from criproxy.kernel import processes
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet, Pod

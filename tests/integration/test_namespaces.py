@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import namespaces
+from criproxy.kernel import namespaces
 
 
 @pytest.fixture

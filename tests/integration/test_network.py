@@ -13,10 +13,10 @@ import pytest
 from topology import PEER4, POD4, POD6, Topology, make_socket, run, segment
 from traffic import ADDRESSES, HTTP, Hook, ask, connect, contextmanaged, plain, receive, send, serving
 
-from criproxy.network import NetworkError, PodNetwork
-from criproxy.pod_maps import Park, Talk
+from criproxy.hook.network import NetworkError, PodNetwork
+from criproxy.hook.pod_maps import Park, Talk
+from criproxy.kernel.sockets import Flow
 from criproxy.policy import Port
-from criproxy.sockets import Flow
 
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
 

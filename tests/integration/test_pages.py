@@ -16,10 +16,11 @@ import pytest
 from box import Box, until
 from specimen import QUICK, Specimen, eventually, seen, wait_for
 
-from criproxy import checkpoint, pages, processes
-from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import Criu, RestoreError
-from criproxy.pages import Loader
+from criproxy.criu import checkpoint, pages
+from criproxy.criu.checkpoint import Criu, RestoreError
+from criproxy.criu.pages import Loader
+from criproxy.kernel import processes
+from criproxy.kernel.cgroup import Cgroup
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet
 

@@ -13,7 +13,7 @@ import pytest
 from specimen import PORT, QUICK, Connection, Specimen, build, eventually, never, seen, wait_for
 
 from criproxy.api import cri_pb2 as cri
-from criproxy.namespaces import in_network_namespace
+from criproxy.kernel.namespaces import in_network_namespace
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from specimen import QUICK, Specimen, eventually, status, wait_for
 
-from criproxy import rewrite
 from criproxy.api import cri_pb2 as cri
+from criproxy.cri import rewrite
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from specimen import eventually
 
-from criproxy.namespaces import in_network_namespace
+from criproxy.kernel.namespaces import in_network_namespace
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet, Pod

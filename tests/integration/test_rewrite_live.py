@@ -12,15 +12,15 @@ from typing import Any
 import grpc
 import pytest
 
-from criproxy import executable, rewrite, seccomp
+from criproxy import LIBEXEC
 from criproxy.api import containerd_pb2
 from criproxy.api import cri_pb2 as cri
-from criproxy.containerd import Configuration
-from criproxy.executable import Answer
+from criproxy.cri import executable, rewrite, seccomp
+from criproxy.cri.containerd import Configuration
+from criproxy.cri.executable import Answer
 from criproxy.policy import Policy
 from lab.kubelet import Kubelet
 
-LIBEXEC = Path(rewrite.__file__).parent / "libexec"
 # Prints the errno of io_uring_setup, then what the 32-bit getpid answers (through the i386 entry of an x86_64 kernel).
 CALLS = """
 #include <errno.h>

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from criproxy.api import cri_pb2 as cri
-from criproxy.runtime import NotFound, Runtime
+from criproxy.cri.runtime import NotFound, Runtime
 from lab import image_name
 from lab.containerd import Containerd
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from specimen import QUICK, Specimen, container_pids, eventually, init_pid, wait_for
 
-from criproxy import processes
+from criproxy.kernel import processes
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet, Pod
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from box import Box
 
-from criproxy import sysv
-from criproxy.checkpoint import CheckpointError, Criu
-from criproxy.namespaces import in_ipc_namespace
+from criproxy.criu import sysv
+from criproxy.criu.checkpoint import CheckpointError, Criu
+from criproxy.kernel.namespaces import in_ipc_namespace
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
 

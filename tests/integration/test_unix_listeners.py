@@ -10,9 +10,9 @@ import pytest
 from box import Box
 from specimen import QUICK, eventually, seen, wait_for
 
-from criproxy import netlink, processes, sockets
 from criproxy.entanglement import listens_in_volume
-from criproxy.netlink import Netlink
+from criproxy.kernel import netlink, processes, sockets
+from criproxy.kernel.netlink import Netlink
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from criproxy import kubelet
-from criproxy.bpf import mount_bpffs
-from criproxy.namespaces import in_network_namespace
+from criproxy.kernel.bpf import mount_bpffs
+from criproxy.kernel.namespaces import in_network_namespace
+from criproxy.kubelet import connections as kubelet
 
 NODE4, POD4, PEER4 = "10.99.0.1", "10.99.0.2", "10.99.0.3"
 NODE6, POD6, PEER6 = "fd99::1", "fd99::2", "fd99::3"

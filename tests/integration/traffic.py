@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager, closing
 import pytest
 from topology import POD4, POD6, Topology, family_of, make_socket
 
-from criproxy.network import PodNetwork
-from criproxy.pod_maps import Park, Parked
+from criproxy.hook.network import PodNetwork
+from criproxy.hook.pod_maps import Park, Parked
 from criproxy.policy import Port
 
 HTTP = Port("tcp", 80)

@@ -21,14 +21,14 @@ from typing import Any
 import grpc
 import pytest
 
-from criproxy import answering, certificate, grpc_health
-from criproxy.answering import Answering
-from criproxy.bpf import BpfError
-from criproxy.conversation import Kind, Probe, Result
-from criproxy.pod_maps import Visitor
+from criproxy.hook.pod_maps import Visitor
+from criproxy.kernel.bpf import BpfError
+from criproxy.kernel.sockets import Flow
+from criproxy.kubelet import answering, certificate, grpc_health
+from criproxy.kubelet.answering import Answering
+from criproxy.kubelet.conversation import Kind, Probe, Result
+from criproxy.kubelet.probes import Probes
 from criproxy.policy import Port
-from criproxy.probes import Probes
-from criproxy.sockets import Flow
 
 AGENT = "kube-probe/1.36"
 STORED = b"HTTP/1.1 200 OK\r\nx-from: memory\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok"
@@ -445,5 +445,5 @@ async def test_closing_resets_what_is_open(pod: Pod) -> None:
 
 
 def test_what_most_nodes_never_need_is_not_loaded() -> None:
-    code = "import sys, criproxy.answering; print([name for name in sys.modules if name.startswith('cryptography')])"
+    code = "import sys, criproxy.kubelet.answering as _; print([n for n in sys.modules if n.startswith('cryptography')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

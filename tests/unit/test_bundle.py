@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import bundle, debian, kdat, run
-from criproxy.bundle import Bundle, BundleError
-from criproxy.debian import DownloadError
-from criproxy.kdat import KdatError
+from criproxy import run
+from criproxy.criu import bundle, debian, kdat
+from criproxy.criu.bundle import Bundle, BundleError
+from criproxy.criu.debian import DownloadError
+from criproxy.criu.kdat import KdatError
 
 TRUE = Path("/bin/true").resolve()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import cgroup
-from criproxy.cgroup import Cgroup
+from criproxy.kernel import cgroup
+from criproxy.kernel.cgroup import Cgroup
 
 PID = 42
 POD = "kubepods/burstable/pod1"

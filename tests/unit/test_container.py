@@ -13,13 +13,13 @@ import pytest
 
 from criproxy import container as container_module
 from criproxy import scaledown
-from criproxy.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
 from criproxy.container import Container, Record, State
+from criproxy.criu.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
 from criproxy.freezer import FreezeError
-from criproxy.pod_maps import Stream
+from criproxy.hook.pod_maps import Stream
+from criproxy.kernel.sockets import Flow
 from criproxy.policy import Tier
 from criproxy.scaledown import Checkpoint, Freeze, Refused, Restart
-from criproxy.sockets import Flow
 
 DURATION = 0.05
 

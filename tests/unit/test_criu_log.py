@@ -2,7 +2,7 @@
 
 import pytest
 
-from criproxy import criu_log
+from criproxy.criu import criu_log
 
 IO_URING = """\
 Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted

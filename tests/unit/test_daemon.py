@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from criproxy.bundle import BundleError
+from criproxy.criu.bundle import BundleError
 from criproxy.daemon import _unless
 
 SLOW_TO_START = """
 import asyncio, sys, time
 from pathlib import Path
-from criproxy import bpf, bundle, daemon
+from criproxy import daemon
+from criproxy.criu import bundle
+from criproxy.kernel import bpf
 from criproxy.config import Config
 
 def prepare(*_, **__):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import executable
 from criproxy.api import cri_pb2 as cri
-from criproxy.executable import Answer, Bind, RootfsError
+from criproxy.cri import executable
+from criproxy.cri.executable import Answer, Bind, RootfsError
 
 PATH = "/usr/bin:/bin"
 

@@ -9,9 +9,9 @@ import pytest
 
 from criproxy import freezer as freezer_module
 from criproxy import node
-from criproxy.cgroup import UNIFIED, Cgroup
 from criproxy.container import Record, State
 from criproxy.freezer import FreezeError, Freezer
+from criproxy.kernel.cgroup import UNIFIED, Cgroup
 
 
 def group(root: Path, *controllers: str) -> Cgroup:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from criproxy.gate import Gate
-from criproxy.pod_maps import Activity, Counters, Park, Parked, Stream, Talk, Visitor, Watched
+from criproxy.hook.gate import Gate
+from criproxy.hook.pod_maps import Activity, Counters, Park, Parked, Stream, Talk, Visitor, Watched
+from criproxy.kernel.sockets import Flow, Proto, Socket
+from criproxy.kubelet.probes import Probes
 from criproxy.policy import Port
-from criproxy.probes import Probes
-from criproxy.sockets import Flow, Proto, Socket
 
 HTTP, METRICS, DNS = Port("tcp", 80), Port("tcp", 9100), Port("udp", 53)
 POD, CLIENT, SERVER = "10.0.0.2", "10.0.0.5", "10.0.0.9"

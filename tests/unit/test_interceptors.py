@@ -13,13 +13,14 @@ from typing import Any
 import grpc
 import pytest
 
-from criproxy import interceptors as interceptors_module
-from criproxy import policy, rewrite
+from criproxy import policy
 from criproxy.api import cri_pb2 as cri
-from criproxy.calls import Abort, Answer, Call, methods
 from criproxy.container import Record, State
-from criproxy.interceptors import Interceptors
-from criproxy.runtime import CriError, ImageConfig
+from criproxy.cri import interceptors as interceptors_module
+from criproxy.cri import rewrite
+from criproxy.cri.calls import Abort, Answer, Call, methods
+from criproxy.cri.interceptors import Interceptors
+from criproxy.cri.runtime import CriError, ImageConfig
 
 
 class Sleeper:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import kubelet
 from criproxy.config import Config
+from criproxy.kubelet import connections as kubelet
 
 V2 = "30 23 0:26 / {root} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 HYBRID = "31 23 0:27 / {root}/cpu rw - cgroup cgroup rw,cpu\n30 23 0:26 / {root} rw - cgroup2 cgroup2 rw\n"

@@ -12,16 +12,17 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
-from criproxy import checkpoint, processes
 from criproxy import node as node_module
 from criproxy import sandbox as sandbox_module
-from criproxy.cgroup import Cgroup
-from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Record, State
-from criproxy.network import NetworkError, Park
+from criproxy.cri.runtime import Runtime, Unreachable
+from criproxy.criu import checkpoint
+from criproxy.criu.checkpoint import Criu
+from criproxy.hook.network import NetworkError, Park
+from criproxy.kernel import processes
+from criproxy.kernel.cgroup import Cgroup
 from criproxy.node import Node
-from criproxy.runtime import Runtime, Unreachable
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 GONE = 2**22 + 1

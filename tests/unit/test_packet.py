@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from criproxy.packet import Corrupt, describe, endpoints, layout, prepare, with_link_header
+from criproxy.hook.packet import Corrupt, describe, endpoints, layout, prepare, with_link_header
 
 V4 = (socket.inet_aton("10.0.0.1"), socket.inet_aton("10.0.0.2"))
 V6 = (socket.inet_pton(socket.AF_INET6, "fd00::1"), socket.inet_pton(socket.AF_INET6, "fd00::2"))

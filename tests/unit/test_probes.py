@@ -14,13 +14,13 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 
-from criproxy import grpc_health, probes
 from criproxy.api import cri_pb2 as cri
-from criproxy.conversation import Kind, Probe, Verdict
-from criproxy.pod_maps import Visitor, Watched
+from criproxy.hook.pod_maps import Visitor, Watched
+from criproxy.kernel.sockets import Flow
+from criproxy.kubelet import grpc_health, probes
+from criproxy.kubelet.conversation import Kind, Probe, Verdict
+from criproxy.kubelet.probes import Probes
 from criproxy.policy import Port
-from criproxy.probes import Probes
-from criproxy.sockets import Flow
 
 POD, NODE = "10.0.0.2", "10.0.0.1"
 KUBELET, LOOPBACK = Visitor.KUBELET, Visitor.LOOPBACK

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import processes
-from criproxy.processes import Process
+from criproxy.kernel import processes
+from criproxy.kernel.processes import Process
 
 ME = os.getpid()
 STATUS = """\

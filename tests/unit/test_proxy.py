@@ -16,9 +16,9 @@ import pytest
 from grpc import aio
 
 from criproxy.api.cri_pb2 import VersionRequest
-from criproxy.calls import UNARY, Call, Interceptor, UpstreamError, methods
-from criproxy.channel import UNLIMITED, EndpointError, socket_path
-from criproxy.proxy import ListenError, Proxy
+from criproxy.cri.calls import UNARY, Call, Interceptor, UpstreamError, methods
+from criproxy.cri.channel import UNLIMITED, EndpointError, socket_path
+from criproxy.cri.proxy import ListenError, Proxy
 
 VERSION = "/runtime.v1.RuntimeService/Version"
 EVENTS = "/runtime.v1.RuntimeService/GetContainerEvents"
@@ -319,7 +319,7 @@ async def test_a_second_request_message_is_refused_and_nothing_is_forwarded(cont
 
 
 async def test_a_client_that_keeps_its_sending_side_open_is_refused(containerd, proxied, monkeypatch):
-    monkeypatch.setattr("criproxy.proxy._HALF_CLOSE", 0.1)
+    monkeypatch.setattr("criproxy.cri.proxy._HALF_CLOSE", 0.1)
     containerd.behaviours[UNKNOWN] = echo
     call = proxied.stream_stream(UNKNOWN)()
     await call.write(b"one")

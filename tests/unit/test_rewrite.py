@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from criproxy import rewrite, seccomp
 from criproxy.api import cri_pb2 as cri
-from criproxy.containerd import Configuration, Runtime
+from criproxy.cri import rewrite, seccomp
+from criproxy.cri.containerd import Configuration, Runtime
+from criproxy.cri.rewrite import Unsupported
 from criproxy.policy import Init, Policy, Tier
-from criproxy.rewrite import Unsupported
 
 Request = cri.CreateContainerRequest
 # Field 2000 with the text "kept": what a later version of CRI might send.

@@ -15,7 +15,7 @@ import pytest
 from grpc import aio
 
 from criproxy.api import cri_pb2 as cri
-from criproxy.runtime import CriError, Incomplete, NotFound, Runtime, Unreachable, stop_signal
+from criproxy.cri.runtime import CriError, Incomplete, NotFound, Runtime, Unreachable, stop_signal
 from criproxy.workload import signal_number
 
 Answer = Callable[[bytes, Any], Awaitable[bytes]]

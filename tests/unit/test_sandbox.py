@@ -12,9 +12,9 @@ import pytest
 
 from criproxy import policy
 from criproxy import sandbox as sandbox_module
-from criproxy.checkpoint import Criu
 from criproxy.config import Config
 from criproxy.container import Record, State
+from criproxy.criu.checkpoint import Criu
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import processes
-from criproxy.processes import ThreadAttributes
-from criproxy.saved import Saved
+from criproxy.criu.saved import Saved
+from criproxy.kernel import processes
+from criproxy.kernel.processes import ThreadAttributes
 
 THREAD = ThreadAttributes(
     label="docker-default (enforce)",

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from criproxy import streaming
-from criproxy.streaming import Streaming
+from criproxy.cri import streaming
+from criproxy.cri.streaming import Streaming
 
 HOSTS = ["127.0.0.1", "::1"]
 _opened: list[socket.socket] = []

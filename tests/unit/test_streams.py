@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from criproxy.api import criu_sockets_pb2 as criu
-from criproxy.pod_maps import Stream
-from criproxy.sockets import Flow
-from criproxy.streams import streams
+from criproxy.criu.streams import streams
+from criproxy.hook.pod_maps import Stream
+from criproxy.kernel.sockets import Flow
 
 
 def write(path: Path, magic: int, *messages: bytes, rest: bytes = b"") -> None:

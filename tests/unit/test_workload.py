@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from criproxy import checkpoint
 from criproxy import workload as workload_module
-from criproxy.checkpoint import CheckpointError, OutOfMemory, RestoreError
+from criproxy.criu import checkpoint
+from criproxy.criu.checkpoint import CheckpointError, OutOfMemory, RestoreError
 from criproxy.policy import Lazy
 from criproxy.workload import Processes, Workload, signal_number
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from criproxy import packet, sockets
+from criproxy.hook import packet
+from criproxy.kernel import sockets
+from criproxy.kernel.sockets import Flow
 from criproxy.policy import Port
-from criproxy.sockets import Flow
 
 SLOTS: Final = 16
 """Containers per pod that have a slot."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from criproxy import images as image_files
 from criproxy.api import criu_pb2 as criu
+from criproxy.criu import images as image_files
 
 
 def rearm(images: Path) -> int:

@@ -37,8 +37,8 @@ from typing import IO, Final, Protocol
 from google.protobuf import json_format
 
 from criproxy.api import cri_pb2 as cri
-from criproxy.checkpoint import SAID
-from criproxy.runtime import ContainerInfo, Mount
+from criproxy.cri.runtime import ContainerInfo, Mount
+from criproxy.criu.checkpoint import SAID
 
 _BELOW: Final = "checkpoint"
 _SCRATCH: Final = "archives"

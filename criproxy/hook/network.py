@@ -37,11 +37,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
-from criproxy import kubelet, netlink, packet, pod_maps, pod_namespace, sockets
-from criproxy.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
-from criproxy.namespaces import in_network_namespace
-from criproxy.netlink import DIRECTIONS, Direction, Link, Netlink
-from criproxy.pod_maps import (
+from criproxy import LIBEXEC
+from criproxy.hook import packet, pod_maps, pod_namespace
+from criproxy.hook.pod_maps import (
     LAYOUT,
     LINK,
     MAPS,
@@ -61,12 +59,17 @@ from criproxy.pod_maps import (
     Visitor,
     Watched,
 )
+from criproxy.kernel import netlink, sockets
+from criproxy.kernel.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
+from criproxy.kernel.namespaces import in_network_namespace
+from criproxy.kernel.netlink import DIRECTIONS, Direction, Link, Netlink
+from criproxy.kernel.sockets import Flow, Socket, UnixSocket
+from criproxy.kubelet import connections as kubelet
 from criproxy.policy import Port
-from criproxy.sockets import Flow, Socket, UnixSocket
 
 log = logging.getLogger(__name__)
 
-OBJECT: Final = Path(__file__).parent / "libexec" / "pod.bpf.o"
+OBJECT: Final = LIBEXEC / "pod.bpf.o"
 
 RING_BYTES: Final = 1 << 19
 """Default size of the ring buffer: seven of the largest GSO packets, or 340 of 1500 bytes. Allocated for each pod."""

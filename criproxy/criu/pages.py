@@ -17,10 +17,10 @@ import socket
 from pathlib import Path
 from typing import Final
 
-from criproxy import run
-from criproxy.processes import Process
+from criproxy import LIBEXEC, run
+from criproxy.kernel.processes import Process
 
-PROGRAM: Final = Path(__file__).parent / "libexec" / "pages"
+PROGRAM: Final = LIBEXEC / "pages"
 
 # Where `criu restore --lazy-pages` connects to, in its working folder (uffd.c).
 _SOCKET: Final = "lazy-pages.socket"

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from criproxy import namespaces, run
+from criproxy import run
+from criproxy.kernel import namespaces
 
 PATH: Final = Path("/run/criu.kdat")
 """Where a CRIU keeps it by itself (KERNDAT_CACHE_FILE in kerndat.c, as distributions build it)."""

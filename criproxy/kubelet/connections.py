@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from criproxy import pod_maps
-from criproxy.bpf import BpfError, CgroupLink, Map, Object, Pinned, unpin
+from criproxy import LIBEXEC
 from criproxy.config import Config
+from criproxy.hook import pod_maps
+from criproxy.kernel.bpf import BpfError, CgroupLink, Map, Object, Pinned, unpin
 
 log = logging.getLogger(__name__)
 
-OBJECT: Final = Path(__file__).parent / "libexec" / "kubelet.bpf.o"
+OBJECT: Final = LIBEXEC / "kubelet.bpf.o"
 
 FOLDER: Final = "kubelet"
 """Below the folder of all pins, where each pod has its own."""

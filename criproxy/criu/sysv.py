@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from criproxy import images as image_files
 from criproxy.api import criu_pb2 as criu
-from criproxy.namespaces import in_ipc_namespace
+from criproxy.criu import images as image_files
+from criproxy.kernel.namespaces import in_ipc_namespace
 
 _IPC_RMID: Final = 0
 _DELETED: Final = 0o1000

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
-from criproxy.namespaces import in_network_namespace
+from criproxy.kernel.namespaces import in_network_namespace
 
 _SETTINGS: Final = (
     # What is sent again to lo carries no route: without these the kernel drops 127.0.0.1 and the pod's own addresses

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from criproxy import processes
-from criproxy.processes import ThreadAttributes
+from criproxy.kernel import processes
+from criproxy.kernel.processes import ThreadAttributes
 
 
 class AttributesChanged(Exception):

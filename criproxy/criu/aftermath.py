@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from criproxy import processes
-from criproxy.processes import Process
+from criproxy.kernel import processes
+from criproxy.kernel.processes import Process
 
 # How long what was killed may take to be gone: init reaps it, and big memory takes time to be freed.
 _REAPING_SECONDS: Final = 10.0

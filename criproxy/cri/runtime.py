@@ -25,7 +25,7 @@ from grpc import aio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from criproxy.api import containerd_pb2, cri_pb2
-from criproxy.channel import Channel
+from criproxy.cri.channel import Channel
 
 log = logging.getLogger(__name__)
 

@@ -29,13 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from criproxy import images as image_files
-from criproxy import run
+from criproxy import LIBEXEC, run
 from criproxy.api import criu_pb2 as criu
-from criproxy.bundle import INSIDE
-from criproxy.processes import Process
+from criproxy.criu import images as image_files
+from criproxy.criu.bundle import INSIDE
+from criproxy.kernel.processes import Process
 
-PROGRAM: Final = Path(__file__).parent / "libexec" / "keep"
+PROGRAM: Final = LIBEXEC / "keep"
 
 _WHAT: Final = "kept.json"
 _START_SECONDS: Final = 10.0

@@ -33,14 +33,16 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from criproxy import aftermath, criu_log, expired, processes, run, sysv
-from criproxy.bundle import Bundle
-from criproxy.cgroup import Cgroup
-from criproxy.kept import Kept
-from criproxy.obstacles import obstacle
-from criproxy.pages import Loader
-from criproxy.processes import ThreadAttributes
-from criproxy.saved import AttributesChanged, Saved
+from criproxy import run
+from criproxy.criu import aftermath, criu_log, expired, sysv
+from criproxy.criu.bundle import Bundle
+from criproxy.criu.kept import Kept
+from criproxy.criu.obstacles import obstacle
+from criproxy.criu.pages import Loader
+from criproxy.criu.saved import AttributesChanged, Saved
+from criproxy.kernel import processes
+from criproxy.kernel.cgroup import Cgroup
+from criproxy.kernel.processes import ThreadAttributes
 
 log = logging.getLogger(__name__)
 

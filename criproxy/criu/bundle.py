@@ -32,9 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from criproxy import kdat, run
-from criproxy.debian import DownloadError, download
-from criproxy.kdat import KdatError
+from criproxy import run
+from criproxy.criu import kdat
+from criproxy.criu.debian import DownloadError, download
+from criproxy.criu.kdat import KdatError
 
 INSIDE: Final = "/.criproxy"
 """Where containers see the bundle."""

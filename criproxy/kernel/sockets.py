@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from criproxy.netlink import Netlink, attributes
+from criproxy.kernel.netlink import Netlink, attributes
 from criproxy.policy import Port
 
 Address = tuple[str, int]

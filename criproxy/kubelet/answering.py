@@ -22,12 +22,12 @@ from h2.connection import H2Connection
 from h2.events import ConnectionTerminated, DataReceived, Event, RequestReceived, StreamEnded, StreamReset
 from h2.exceptions import ProtocolError
 
-from criproxy import certificate, grpc_health, http1
-from criproxy.conversation import Conversation, Kind, Probe, Verdict, http_probe, opening
-from criproxy.pod_maps import Visitor, Watched
+from criproxy.hook.pod_maps import Visitor, Watched
+from criproxy.kernel.sockets import Flow
+from criproxy.kubelet import certificate, grpc_health, http1
+from criproxy.kubelet.conversation import Conversation, Kind, Probe, Verdict, http_probe, opening
+from criproxy.kubelet.probes import Probes
 from criproxy.policy import Port
-from criproxy.probes import Probes
-from criproxy.sockets import Flow
 
 log = logging.getLogger(__name__)
 

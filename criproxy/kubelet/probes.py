@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from criproxy.api import cri_pb2 as cri
-from criproxy.conversation import Conversation, Kind, Probe, Result, Verdict, shortened
-from criproxy.pod_maps import Visitor, Watched
+from criproxy.hook.pod_maps import Visitor, Watched
+from criproxy.kernel.sockets import Flow
+from criproxy.kubelet.conversation import Conversation, Kind, Probe, Result, Verdict, shortened
 from criproxy.policy import Port
-from criproxy.sockets import Flow
 
 __all__ = ["Probes", "Verdict"]
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
-from criproxy import packet
-from criproxy.bpf import BpfError
-from criproxy.network import PodNetwork
-from criproxy.pod_maps import Activity, Counters, Park, Parked, Stream, Watched
+from criproxy.hook import packet
+from criproxy.hook.network import PodNetwork
+from criproxy.hook.pod_maps import Activity, Counters, Park, Parked, Stream, Watched
+from criproxy.kernel.bpf import BpfError
+from criproxy.kernel.sockets import Flow, Socket
+from criproxy.kubelet.probes import Probes, Verdict
 from criproxy.policy import Port
-from criproxy.probes import Probes, Verdict
-from criproxy.sockets import Flow, Socket
 
 log = logging.getLogger(__name__)
 

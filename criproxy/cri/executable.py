@@ -19,8 +19,8 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Protocol
 
-from criproxy import namespaces
 from criproxy.api import cri_pb2
+from criproxy.kernel import namespaces
 
 _MS_RDONLY = 0x1
 # The kernel's own limit on the links of one path (ELOOP).

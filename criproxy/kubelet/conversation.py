@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Final
 
-from criproxy import grpc_health, http1, tls_hello
-from criproxy.pod_maps import Visitor, Watched
+from criproxy.hook.pod_maps import Visitor, Watched
+from criproxy.kubelet import grpc_health, http1, tls_hello
 from criproxy.policy import Port
 
 DIRECTION_BYTES: Final = 32 << 10

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from criproxy import processes
+from criproxy.kernel import processes
 
 
 def obstacle(pids: Iterable[int]) -> str | None:

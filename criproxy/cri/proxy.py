@@ -27,9 +27,9 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from criproxy.calls import UNARY, Abort, Answer, Call, CallError, Interceptor, Metadata, UpstreamError
-from criproxy.channel import UNLIMITED, Channel, socket_path
-from criproxy.listen import ListenError, Listening, listen
+from criproxy.cri.calls import UNARY, Abort, Answer, Call, CallError, Interceptor, Metadata, UpstreamError
+from criproxy.cri.channel import UNLIMITED, Channel, socket_path
+from criproxy.cri.listen import ListenError, Listening, listen
 
 log = logging.getLogger(__name__)
 

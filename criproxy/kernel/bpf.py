@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
-from criproxy.namespaces import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
+from criproxy.kernel.namespaces import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
 
 _LIBRARY: Final = "libbpf.so.1"
 _HINTS: Final = {

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from google.protobuf.message import DecodeError, Message
 
 from criproxy.api import cri_pb2
-from criproxy.containerd import Configuration
+from criproxy.cri.containerd import Configuration
+from criproxy.cri.seccomp import Profiles
 from criproxy.policy import HANDLER, Init, Policy, Tier
-from criproxy.seccomp import Profiles
 
 # Where the bundle is found in a container.
 BUNDLE_PATH = "/.criproxy"

@@ -14,10 +14,10 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from criproxy import sockets
 from criproxy.api import criu_sockets_pb2 as criu
-from criproxy.pod_maps import Stream
-from criproxy.sockets import Address, Flow
+from criproxy.hook.pod_maps import Stream
+from criproxy.kernel import sockets
+from criproxy.kernel.sockets import Address, Flow
 
 _COMMON_MAGIC: Final = 0x54564319
 _FILES_MAGIC: Final = 0x56303138

@@ -15,20 +15,21 @@ from typing import Any
 
 import grpc
 
-from criproxy import executable, forensic, policy, rewrite
+from criproxy import policy
 from criproxy.api import cri_pb2 as cri
-from criproxy.bundle import Bundle
-from criproxy.calls import Call, Interceptor, UpstreamError, methods
 from criproxy.config import Config
 from criproxy.container import Record, State
-from criproxy.containerd import Configuration
-from criproxy.kubelet import Kubelet
+from criproxy.cri import executable, forensic, rewrite
+from criproxy.cri.calls import Call, Interceptor, UpstreamError, methods
+from criproxy.cri.containerd import Configuration
+from criproxy.cri.runtime import CriError, ImageConfig, Runtime, stop_signal
+from criproxy.cri.seccomp import Profiles
+from criproxy.cri.streaming import Streaming
+from criproxy.criu.bundle import Bundle
+from criproxy.kubelet.connections import Kubelet
 from criproxy.node import Node
-from criproxy.runtime import CriError, ImageConfig, Runtime, stop_signal
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 from criproxy.scaledown import Refused
-from criproxy.seccomp import Profiles
-from criproxy.streaming import Streaming
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What the kernel offers: eBPF, cgroups, namespaces, netlink, processes, sockets."""
