@@ -125,7 +125,7 @@ set_up_criu() {
     if [ "${VERSION_ID:-99}" -ge 13 ] || [ -d .build/criu ]; then return; fi
     say "fetches CRIU from Debian 13 (trixie), beside this machine's own"
     quiet .venv/bin/python -c 'from pathlib import Path
-from criproxy.bundle import SUITE, download
+from criproxy.criu.bundle import SUITE, download
 download(SUITE, Path(".build/criu").absolute())'
 }
 
