@@ -121,7 +121,7 @@ def test_limits_after_a_crash(folder: str, tmp_path: Path) -> None:
         file.write_text(value)
         program = f"""
 import os, pathlib
-from criproxy.cgroup import Cgroup
+from criproxy.kernel.cgroup import Cgroup
 with Cgroup.of({pid}).lifted(pathlib.Path({str(record)!r})):
     os.kill(os.getpid(), 9)
 """

@@ -40,7 +40,7 @@ LOOPBACK = frozenset({Visitor.LOOPBACK})
 HELPER = """
 import os, socket, sys
 from pathlib import Path
-from criproxy.namespaces import in_network_namespace
+from criproxy.kernel.namespaces import in_network_namespace
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 Path("/proc/self/comm").write_text(sys.argv[2])
 wire = socket.socket(fileno=0)
@@ -436,7 +436,7 @@ async def test_from_outside_all_counts_while_a_command_runs(stage: Stage) -> Non
 
 @asynccontextmanager
 async def answering(stage: Stage) -> AsyncIterator[list[tuple[Flow, Visitor] | None]]:
-    """What criproxy.answering does, in short: an answer, and the end. Yields what came."""
+    """What criproxy.kubelet.answering does, in short: an answer, and the end. Yields what came."""
     seen: list[tuple[Flow, Visitor] | None] = []
     listener = stage.network.listen()
 

@@ -25,7 +25,7 @@ from lab.process import Service
 
 PROXY = """
 import asyncio, signal, sys
-from criproxy.proxy import Proxy
+from criproxy.cri.proxy import Proxy
 
 async def main():
     stop = asyncio.Event()
