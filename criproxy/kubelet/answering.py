@@ -157,7 +157,8 @@ class _Visit:
         wants = await self._opening()
         if isinstance(wants, Probe):
             if wants.kind is Kind.TCP:
-                await self._connected_and_closed(wants)
+                # Gone already, and accepted by the kernel: that is all the answer that it wants. Also seen where no TCP
+                # probe is known: kubelet's client goes on connecting after an HTTP probe's time is over, then closes.
                 return
             if self._answerer.is_down() and await self._answer(wants):
                 return
@@ -194,12 +195,6 @@ class _Visit:
             return b""  # connected and closed, in the rude way
 
     # --- a known probe -----------------------------------------------------------------------------------------
-
-    async def _connected_and_closed(self, probe: Probe) -> None:
-        """The client is gone, and the kernel has accepted it: that is all the answer that it wants."""
-        if self._answerer.is_down() and self._answerer.probes.known(probe) is None:
-            async with self._answerer.awake(str(probe)):
-                pass
 
     async def _answer(self, probe: Probe) -> bool:
         """Gives the application's last answer; False: there is none, and the client has been told nothing."""
@@ -287,7 +282,12 @@ class _Visit:
         client = await _Secure.accept(self._client)
         try:
             async with asyncio.timeout(FIRST_SECONDS):
-                head = await client.reader.readuntil(b"\r\n\r\n")
+                try:
+                    head = await client.reader.readuntil(b"\r\n\r\n")
+                except asyncio.IncompleteReadError as error:
+                    if not error.partial:
+                        return  # the probe's time was over: kubelet's client ends the handshake all the same
+                    raise
             request = http1.request(head)
             known = request is not None and http_probe(request, self._flow.port, self._visitor) is not None
             if known and self._answerer.is_down():

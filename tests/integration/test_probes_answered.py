@@ -17,7 +17,7 @@ from criproxy.kernel.namespaces import in_network_namespace
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet, Pod
-from lab.prober import Http, Prober
+from lab.prober import Http, Prober, Tcp
 
 QUICK = {"criproxy.io/scaledown-duration": "500ms"}
 HOOK = {"User-Agent": "kube-lifecycle/1.36"}
@@ -140,6 +140,21 @@ def test_a_new_probe_wakes_once(containerd: Containerd, daemon: Daemon, nginx: C
             time.sleep(SECONDS)
             assert ready.failures() + live.failures(since=began) == []
             assert daemon.container(container.id)["restores"] == restores
+
+
+def test_a_probe_that_is_given_up_wakes_nobody(
+    containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]
+) -> None:
+    """kubelet's HTTP client goes on connecting when a probe's time is over, and closes the connection then: as after a
+    restart of the daemon."""
+    container = nginx()
+    address = container.pod.ip
+    with Prober(containerd, [Http("live", address, 80, "/live")]) as live:
+        restores = settled(daemon, live, container)
+        with Prober(containerd, [Tcp("given up", address, 80)]) as given_up:
+            given_up.wait_for_success()
+            time.sleep(1)
+        assert daemon.container(container.id)["restores"] == restores
 
 
 def test_what_kubelet_finds_sick_is_not_scaled_down(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import logging
 import socket
 import ssl
 import struct
@@ -256,11 +257,21 @@ async def test_a_known_tcp_probe_has_its_answer_from_the_kernel(pod: Pod, linger
     assert pod.woken == []
 
 
-async def test_an_unknown_one_wakes(pod: Pod) -> None:
+async def test_a_probe_whose_time_is_over_wakes_nobody(pod: Pod) -> None:
+    """kubelet gives it up while it connects; its client connects all the same, and closes then."""
     pod.know(Kind.HTTP, "GET /healthz", KEY)
     await in_thread(connect_and_close, pod.port)
     await idle(pod)
-    assert pod.woken == [f"kubelet's TCP probe of :{pod.port}"]
+    assert pod.woken == []
+
+
+async def test_nor_one_over_tls(pod: Pod, caplog: pytest.LogCaptureFixture) -> None:
+    pod.know(Kind.TLS)
+    with caplog.at_level(logging.INFO):
+        assert await ask_tls(pod, b"", ends=True) == b""
+        await idle(pod)
+    assert pod.woken == []
+    assert not caplog.records
 
 
 async def idle(pod: Pod) -> None:
@@ -276,13 +287,15 @@ async def idle(pod: Pod) -> None:
 # --- TLS -------------------------------------------------------------------------------------------------------
 
 
-async def ask_tls(pod: Pod, request: bytes, name: str = "") -> bytes:
+async def ask_tls(pod: Pod, request: bytes, name: str = "", ends: bool = False) -> bytes:
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2", "http/1.1"])  # as Go does
     reader, writer = await asyncio.open_connection("127.0.0.1", pod.port, ssl=context, server_hostname=name)
     writer.write(request)
+    if ends:
+        writer.close()
     answer = await asyncio.wait_for(reader.read(), 5)
     writer.close()
     return answer
