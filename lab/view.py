@@ -111,7 +111,7 @@ class View:
         began = time.monotonic()
         before = self._counts()
         stop = threading.Event()
-        listener = threading.Thread(target=self._listen, args=(stop,), daemon=True)
+        listener = threading.Thread(target=self._listen, args=(stop, time.time_ns()), daemon=True)
         listener.start()
         while (past := time.monotonic() - began) < seconds:
             self._relist()
@@ -152,13 +152,13 @@ class View:
             if container.status().state != cri.ContainerState.CONTAINER_RUNNING:
                 raise LabError(f"{container.id} doesn't run: {container.status()}")
 
-    def _listen(self, stop: threading.Event) -> None:
-        # containerd 1.6 has no such stream; others do.
+    def _listen(self, stop: threading.Event, since: int) -> None:
+        # containerd 1.6 has no such stream. Others keep for a while what nobody has asked for, and begin with that.
         with contextlib.suppress(grpc.RpcError):
             for event in self._kubelet.events():
                 if stop.is_set():
                     return
-                if event.pod_sandbox_status.id == self._pod.id:
+                if event.pod_sandbox_status.id == self._pod.id and event.created_at >= since:
                     self._events.append(event)
 
     def _sleeps(self, container: Container) -> bool:
