@@ -93,9 +93,8 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Record:
-        return cls(**{**data, "state": State(data["state"])})
+    def __post_init__(self) -> None:
+        self.state = State(self.state)
 
 
 class Workload(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import logging
 import shutil
@@ -150,8 +151,8 @@ class Node:
 
         Without this daemon the node has no runtime: what can't be taken over is left as it is, and said so.
         """
-        records = _read(self._sandbox_folder.glob("*.json"), lambda data: SandboxRecord(**data))
-        containers = _read(self._container_folder.glob("*/state.json"), Record.from_json)
+        records = _read(self._sandbox_folder.glob("*.json"), SandboxRecord)
+        containers = _read(self._container_folder.glob("*/state.json"), Record)
         try:
             there = {sandbox.id for sandbox in await self._runtime.list_pod_sandboxes()}
         except CriError as error:
@@ -243,13 +244,17 @@ class Node:
         draft.replace(self._path(record.id))
 
 
-def _read(paths: Iterable[Path], parse: Callable[[Any], _Record]) -> dict[Path, _Record]:
-    """The records that can be read. Another version's may not: those are left as they are."""
+def _read(paths: Iterable[Path], kind: Callable[..., _Record]) -> dict[Path, _Record]:
+    """The records that can be read. Fields that a newer version has put there are passed over; what another version
+    means otherwise is left as it is."""
+    known = inspect.signature(kind).parameters
     records = {}
     for path in paths:
         try:
-            records[path] = parse(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            records[path] = kind(
+                **{name: value for name, value in json.loads(path.read_text()).items() if name in known}
+            )
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             log.error("%s can't be read: %s", path, error)
     return records
 

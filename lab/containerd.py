@@ -221,8 +221,12 @@ class Containerd:
     def _make_link(self) -> None:
         """The pods' link and this host's addresses. Before the first pod servers of this host can be bound to them."""
         link, prefixes = self.bridge, ("24", "64")
-        # Also as the parent of others: a kernel without modules may have no dummy links.
-        run(["ip", "link", "add", link, "type", "bridge"])
+        if self._kind in ("macvlan", "ipvlan"):
+            # Their parent needs a carrier, which an empty bridge may not have; and not every kernel has dummy links.
+            run(["ip", "link", "add", link, "type", "veth", "peer", "name", f"{link}p"])
+            run(["ip", "link", "set", f"{link}p", "up"])
+        else:
+            run(["ip", "link", "add", link, "type", "bridge"])
         run(["ip", "link", "set", link, "up"])
         if self._kind == "ptp":
             # Each pod has a link of its own to this host, with the same addresses at our end.

@@ -205,7 +205,8 @@ def test_a_unix_socket_in_a_volume() -> None:
 
 ONLY_V1 = """
 import sys
-from criproxy import cgroup, cli
+from criproxy import cli
+from criproxy.kernel import cgroup
 everything = cgroup._mounts
 cgroup._mounts = lambda text: {name: place for name, place in everything(text).items() if name != cgroup.UNIFIED}
 sys.exit(cli.main())

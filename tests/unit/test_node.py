@@ -151,6 +151,20 @@ async def test_a_pod_that_was_stopped_is_not_hooked_again(make: Any) -> None:
     assert len(Network.made) == 1
 
 
+async def test_what_a_newer_version_has_put_into_the_records_is_passed_over(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = started(monkeypatch)
+    node = make()
+    sandbox = await node.add_sandbox(pod())
+    record = container(state=State.SCALED_DOWN, pid=os.getpid(), start_time=processes.start_time(os.getpid()))
+    node.add_container(sandbox, record)
+    for path in (tmp_path / "state").glob("*s/**/*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "novelty": 1}))
+    await make().adopt()
+    assert names == ["c1"]
+
+
 async def test_the_record_of_a_pod_is_there_before_its_hook(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def killed(_: Sandbox) -> None:
         raise asyncio.CancelledError
@@ -175,7 +189,7 @@ async def test_what_can_not_be_read_keeps_neither_the_daemon_nor_the_rest_from_s
         node.add_container(sandbox, container(id=name, **mine))
     (node._container_folder / "c1" / "state.json").write_text("")
     later = node._container_folder / "c2" / "state.json"
-    later.write_text(json.dumps(json.loads(later.read_text()) | {"a_key_of_a_later_version": 1}))
+    later.write_text(json.dumps(json.loads(later.read_text()) | {"state": "of_a_later_version"}))
     (node._sandbox_folder / "other.json").write_text("{")
     node = make()
     await node.adopt()
