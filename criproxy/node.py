@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from criproxy import policy
 from criproxy.config import Config
@@ -251,9 +251,8 @@ def _read(paths: Iterable[Path], kind: Callable[..., _Record]) -> dict[Path, _Re
     records = {}
     for path in paths:
         try:
-            records[path] = kind(
-                **{name: value for name, value in json.loads(path.read_text()).items() if name in known}
-            )
+            fields = json.loads(path.read_text()).items()
+            records[path] = kind(**{name: value for name, value in fields if name in known})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             log.error("%s can't be read: %s", path, error)
     return records
