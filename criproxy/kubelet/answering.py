@@ -230,14 +230,19 @@ class _Visit:
         calls: dict[int, bytes] = {}
         answered = 0
         while True:
-            await self._loop.sock_sendall(self._client, http2.data_to_send())
-            data = b""
-            with contextlib.suppress(TimeoutError):
+            try:
+                await self._loop.sock_sendall(self._client, http2.data_to_send())
                 async with asyncio.timeout(FIRST_SECONDS):
                     data = await self._loop.sock_recv(self._client, _CHUNK)
-            if not data:
+            except TimeoutError:
                 http2.close_connection(last_stream_id=answered)
                 await self._last_words(http2.data_to_send())
+                return
+            except ConnectionError:
+                if not answered:
+                    raise
+                return  # a probe has its answer, and says no more than that it is gone
+            if not data:
                 return
             for event in http2.receive_data(data):
                 if isinstance(event, ConnectionTerminated):
