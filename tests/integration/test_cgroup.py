@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from criproxy.kernel.cgroup import UNIFIED, Cgroup, restore_limits
-from lab import CHECKOUT, cgroups
+from lab import BUILD, CHECKOUT, cgroups
 
 ENTER = CHECKOUT / "criproxy" / "libexec" / "enter"
 # No lab has such a number.
@@ -132,16 +133,17 @@ with Cgroup.of({pid}).lifted(pathlib.Path({str(record)!r})):
         assert not record.exists()
 
 
-def test_reclaiming_file_pages_of_a_living_process(folder: str, tmp_path: Path) -> None:
-    blob = tmp_path / "blob"
-    blob.write_bytes(os.urandom(1 << 20) * 64)
-    os.sync()
-    with open(blob, "rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    program = f"for i in range(2): len(open({str(blob)!r}, 'rb').read())\nprint(flush=True)\ninput()"
-    with running(folder, program) as pid:
-        group = Cgroup.of(pid)
-        assert group.memory() > 60 << 20
-        group.reclaim(keep=1 << 20)
-        assert group.memory() < 20 << 20
-        assert group.procs() == [pid]
+def test_reclaiming_file_pages_of_a_living_process(folder: str) -> None:
+    # Not in /tmp: what a tmpfs holds is on no disk to be read again from.
+    with tempfile.NamedTemporaryFile(dir=BUILD) as blob:
+        blob.write(os.urandom(1 << 20) * 64)
+        blob.flush()
+        os.fsync(blob.fileno())
+        os.posix_fadvise(blob.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        program = f"for i in range(2): len(open({blob.name!r}, 'rb').read())\nprint(flush=True)\ninput()"
+        with running(folder, program) as pid:
+            group = Cgroup.of(pid)
+            assert group.memory() > 60 << 20
+            group.reclaim(keep=1 << 20)
+            assert group.memory() < 20 << 20
+            assert group.procs() == [pid]
