@@ -99,7 +99,7 @@ section files; ls -a / /run /dev
 
 # Numbers that differ from one container to the next, and what an init can't but change.
 _OWN_NUMBERS = ("Pid", "Tgid", "Ngid", "PPid", "NStgid", "NSpid", "NSpgid", "NSsid", "SigQ", "TracerPid")
-_MEASURES = re.compile(r"^(Vm|Rss|Hugetlb|Core|THP|Speculation|voluntary|nonvoluntary|Mems|FDSize|untag|x86)")
+_MEASURES = re.compile(r"^(State|Vm|Rss|Hugetlb|Core|THP|Speculation|voluntary|nonvoluntary|Mems|FDSize|untag|x86)")
 
 
 @dataclass(frozen=True)
