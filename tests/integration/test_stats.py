@@ -189,7 +189,8 @@ def memory_limit(container: Container) -> int:
 
 
 def quota(container: Container) -> int:
-    return int(limit(container, "cpu.cfs_quota_us", "cpu.max"))
+    """-1 without one, as cgroup v1 says it."""
+    return int(limit(container, "cpu.cfs_quota_us", "cpu.max").replace("max", "-1"))
 
 
 def processors(container: Container) -> set[str]:
