@@ -133,6 +133,13 @@ with Cgroup.of({pid}).lifted(pathlib.Path({str(record)!r})):
         assert not record.exists()
 
 
+def charged(group: Cgroup) -> int:
+    """Bytes, with those that count as inactive: kernels differ in what they take a file's pages for."""
+    if "memory" in group.folders:
+        return int((group.folders["memory"] / "memory.usage_in_bytes").read_text())
+    return int((group.folders[UNIFIED] / "memory.current").read_text())
+
+
 def test_reclaiming_file_pages_of_a_living_process(folder: str) -> None:
     # Not in /tmp: what a tmpfs holds is on no disk to be read again from.
     with tempfile.NamedTemporaryFile(dir=BUILD) as blob:
@@ -143,7 +150,7 @@ def test_reclaiming_file_pages_of_a_living_process(folder: str) -> None:
         program = f"for i in range(2): len(open({blob.name!r}, 'rb').read())\nprint(flush=True)\ninput()"
         with running(folder, program) as pid:
             group = Cgroup.of(pid)
-            assert group.memory() > 60 << 20
+            assert charged(group) > 60 << 20
             group.reclaim(keep=1 << 20)
-            assert group.memory() < 20 << 20
+            assert charged(group) < 20 << 20
             assert group.procs() == [pid]
