@@ -26,7 +26,7 @@ from criproxy.api import cri_pb2 as cri
 from criproxy.control import ControlError, ask_status
 from lab import LabError, client, plot, requirements
 from lab.client import Connection, Service
-from lab.console import Console
+from lab.console import Console, sentence
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.figures import Figures
@@ -72,8 +72,7 @@ def main() -> int:
         bench = Bench(console)
         bench.run(options.cycles, options.large)
     except (LabError, grpc.RpcError, ControlError, OSError) as error:
-        detail = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
-        console.bad(f"the benchmark failed: {detail or type(error).__name__}")
+        console.bad(f"the benchmark failed: {sentence(error)}")
         return 1
     except KeyboardInterrupt:
         console.bad("interrupted; everything is cleaned up")

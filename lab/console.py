@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import grpc
+
 _BOLD, _DIM, _GREEN, _RED, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[31m", "\x1b[0m"
 
 
@@ -66,6 +68,13 @@ class Table:
             for cell, (_, width) in zip(cells, self._columns, strict=True)
         )
         return "  ".join(aligned).rstrip()
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, also where it is an answer of gRPC, or an error that says nothing but its name."""
+    if isinstance(error, grpc.RpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__
 
 
 def milliseconds(seconds: float) -> str:

@@ -19,7 +19,7 @@ import grpc
 from criproxy.api import cri_pb2 as cri
 from lab import LabError, client, requirements
 from lab.client import Connection, Service
-from lab.console import Console, Table, milliseconds, size
+from lab.console import Console, Table, milliseconds, sentence, size
 from lab.containerd import Containerd
 from lab.daemon import COMMAND, Daemon
 from lab.kubelet import Container, Kubelet
@@ -87,7 +87,7 @@ def main() -> int:
                     console.say("cleaning up: the pods, criproxy, containerd")
         console.good("done: every step went well, and nothing is left behind")
     except (LabError, grpc.RpcError, OSError) as error:
-        console.bad(f"the demo failed: {_sentence(error)}")
+        console.bad(f"the demo failed: {sentence(error)}")
         return 1
     except KeyboardInterrupt:
         console.bad("interrupted; everything is cleaned up")
@@ -209,12 +209,6 @@ class Demo:
         for times in measured:
             asleep, warm = statistics.median(times.asleep), statistics.median(times.warm)
             self._console.good(f"  {times.what:23} {milliseconds(asleep):>8} asleep, {milliseconds(warm):>8} warm")
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, grpc.RpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

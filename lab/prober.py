@@ -31,6 +31,7 @@ import grpc
 
 from criproxy.api import cri_pb2 as cri
 from lab import CHECKOUT, LabError, cgroups
+from lab.console import sentence
 from lab.containerd import Containerd
 from lab.kubelet import TIMEOUT, Container
 from lab.process import Service
@@ -271,10 +272,8 @@ def _repeat(name: str, probe: Probe, write: Callable[[Result], None]) -> None:
         began = time.monotonic()
         try:
             success, output = True, probe.make()
-        except grpc.RpcError as error:
-            success, output = False, f"{error.code().name}: {error.details()}"
-        except (Failed, OSError, http.client.HTTPException) as error:
-            success, output = False, str(error) or type(error).__name__
+        except (grpc.RpcError, Failed, OSError, http.client.HTTPException) as error:
+            success, output = False, sentence(error)
         write(Result(name, began, time.monotonic() - began, success, output))
         # As a ticker: one that took too long isn't made up for.
         following = max(following + probe.period, time.monotonic())

@@ -30,7 +30,7 @@ from criproxy.api import control_pb2 as api
 from criproxy.control import ControlError, ask_status
 from criproxy.kernel.namespaces import in_network_namespace
 from lab import LabError, dialogues, plot, requirements
-from lab.console import Console, Table, milliseconds
+from lab.console import Console, Table, milliseconds, sentence
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.dialogues import APPLICATIONS, Application, Session
@@ -77,8 +77,7 @@ def main() -> int:
         requirements.check()
         soak.run(options.cycles, options.seconds)
     except (LabError, grpc.RpcError, ControlError, OSError) as error:
-        detail = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
-        console.bad(f"the soak failed: {detail or type(error).__name__}")
+        console.bad(f"the soak failed: {sentence(error)}")
         return 1
     except KeyboardInterrupt:
         console.bad("interrupted; everything is cleaned up")

@@ -18,7 +18,7 @@ import grpc
 
 from criproxy.api import cri_pb2 as cri
 from lab import LabError, client, prober, requirements
-from lab.console import Console
+from lab.console import Console, sentence
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet
@@ -45,7 +45,7 @@ def main() -> int:
             view.watch(options.seconds)
             view.visit()
     except (LabError, grpc.RpcError, OSError) as error:
-        console.bad(f"kubelet would see something else: {error}")
+        console.bad(f"kubelet would see something else: {sentence(error)}")
         return 1
     except KeyboardInterrupt:
         console.bad("interrupted; everything is cleaned up")

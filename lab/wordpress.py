@@ -28,7 +28,7 @@ from criproxy import control
 from criproxy.api import control_pb2
 from criproxy.api import cri_pb2 as cri
 from lab import LabError, client, prober, requirements
-from lab.console import Console, Table, milliseconds, size
+from lab.console import Console, Table, milliseconds, sentence, size
 from lab.containerd import Containerd
 from lab.daemon import COMMAND, Daemon
 from lab.kubelet import Container, Kubelet
@@ -290,7 +290,7 @@ def main() -> int:
                 console.say("cleaning up: the pods, criproxy, containerd")
         console.good("done: every step went well, and nothing is left behind")
     except (LabError, control.ControlError, grpc.RpcError, OSError, pymysql.Error) as error:
-        console.bad(f"the demo failed: {_sentence(error)}")
+        console.bad(f"the demo failed: {sentence(error)}")
         return 1
     except KeyboardInterrupt:
         console.bad("interrupted; everything is cleaned up")
@@ -402,12 +402,6 @@ class Demo:
             spread = [f"{value:.3f}" for value in (statistics.median(times), min(times), max(times))]
             table.row(asleep, *spread, str(len(times)), article)
         self.console.text()
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, grpc.RpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":
