@@ -172,16 +172,15 @@ class Sandbox:
             self._network = None
 
     def _parked(self, packet: Parked) -> None:
-        for member in self.containers.values():
-            if member.gate is not None and member.record.slot == packet.slot:
-                member.gate.park(packet)
-                return
+        if (gate := self._gate(packet.slot)) is not None:
+            gate.park(packet)
 
     def _watched(self, packet: Watched) -> None:
-        for member in self.containers.values():
-            if member.gate is not None and member.record.slot == packet.slot:
-                member.gate.watched(packet)
-                return
+        if (gate := self._gate(packet.slot)) is not None:
+            gate.watched(packet)
+
+    def _gate(self, slot: int) -> Gate | None:
+        return next((m.gate for m in self.containers.values() if m.gate is not None and m.record.slot == slot), None)
 
     # --- its containers ------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ class Probes:
             self._known.popitem(last=False)
 
     def forget(self) -> None:
-        """The application has been started afresh, or has run while nobody looked."""
+        """The application has run while nobody looked."""
         self._known.clear()
 
     # --- what is known -------------------------------------------------------------------------------------
