@@ -60,6 +60,8 @@ def test_nginx_comes_back_with_all_its_workers(pod: Pod, daemon: Daemon) -> None
             (s["NSpid"].split()[-1], s["Uid"].split(), s["Groups"].split()) for n, s in everybody if n == "nginx"
         )
 
+    # The first of them may have answered before the last has changed its user.
+    eventually(lambda: [uid[0] for _, uid, _ in workers()].count("33") == 3, "three of them are www-data's")
     before = workers()
     assert [uid[0] for _, uid, _ in before].count("33") == 3
     assert len(before) == 4
