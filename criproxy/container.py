@@ -24,7 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from criproxy.criu.checkpoint import CheckpointError
+from criproxy.criu.errors import CheckpointError
 from criproxy.policy import Tier
 from criproxy.scaledown import Attempts, Lost, Method, Refused, Wanted
 

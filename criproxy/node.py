@@ -16,7 +16,7 @@ from criproxy import policy
 from criproxy.config import Config
 from criproxy.container import Record, State
 from criproxy.cri.runtime import CriError, Runtime
-from criproxy.criu import checkpoint
+from criproxy.criu import init, store
 from criproxy.criu.checkpoint import Criu
 from criproxy.freezer import Freezer
 from criproxy.hook.network import NetworkError, PodNetwork
@@ -210,7 +210,7 @@ class Node:
         elif record.state in (State.DISABLED, State.EXITED):
             sandbox.release(member)
         elif not processes.alive(record.pid, record.start_time):
-            checkpoint.discard(folder / "checkpoint")
+            store.discard(folder / "checkpoint")
             record.state = State.EXITED
             sandbox.release(member)
         else:
@@ -280,13 +280,13 @@ def _found(record: Record) -> State:
         freezer.thaw()
     if not record.bundle:
         return State.RUNNING
-    tree = checkpoint.guard_pid(record.pid) is not None
+    tree = init.guard_pid(record.pid) is not None
     if tree and record.tier == Tier.RESTART and record.state is State.CHECKPOINTING:
         # It has been asked to end, and its end isn't to be the container's.
-        checkpoint.hold(record.pid)
+        init.hold(record.pid)
         return State.SCALED_DOWN
     if tree and record.state in (State.CHECKPOINTING, State.SCALED_DOWN, State.RESTORING):
         # A dump that failed, or a restore of which nobody has written down the end, or even the beginning: either way
         # the container is still held, and wouldn't end with its application.
-        checkpoint.release(record.pid)
+        init.release(record.pid)
     return State.RUNNING if tree else State.SCALED_DOWN

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from criproxy.criu.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
+from criproxy.criu.errors import CheckpointError, GivenUp, OutOfMemory, RestoreError
+from criproxy.criu.saved import AttributesChanged
 from criproxy.freezer import FreezeError
 from criproxy.hook.pod_maps import Stream
 from criproxy.kernel.sockets import Flow

@@ -12,8 +12,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from criproxy.criu import aftermath, checkpoint, streams
-from criproxy.criu.checkpoint import CheckpointError, Criu, OutOfMemory, RestoreError
+from criproxy.criu import aftermath, init, store, streams
+from criproxy.criu.checkpoint import Criu
+from criproxy.criu.errors import CheckpointError, OutOfMemory, RestoreError
 from criproxy.criu.pages import Loader
 from criproxy.entanglement import entanglement, listens_in_volume
 from criproxy.freezer import Freezer
@@ -178,18 +179,18 @@ class Workload(Processes):
 
     async def find(self) -> None:
         deadline = time.monotonic() + FIND_SECONDS
-        while checkpoint.application_pid(self.init_pid) is None and time.monotonic() < deadline:
+        while init.application_pid(self.init_pid) is None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def out_of_reach(self) -> int | None:
         """The application's pid if its init may not signal it (another user, no CAP_KILL), else None."""
-        application = checkpoint.application_pid(self.init_pid)
-        if application is None or checkpoint.may_signal(self.init_pid, application):
+        application = init.application_pid(self.init_pid)
+        if application is None or init.may_signal(self.init_pid, application):
             return None
         return application
 
     def _own(self) -> list[int]:
-        guard = checkpoint.guard_pid(self.init_pid)
+        guard = init.guard_pid(self.init_pid)
         return [self.init_pid, *([] if guard is None else processes.tree(guard))]
 
     # --- what is done to it --------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ class Workload(Processes):
         await self._criu.snapshot(self.init_pid, folder, unless)
 
     def hand_out(self, folder: Path) -> None:
-        checkpoint.link(self._images, folder)
+        store.link(self._images, folder)
 
     def streams(self) -> dict[Flow, Stream]:
         if self._close:
@@ -276,13 +277,13 @@ class Workload(Processes):
         return size < anonymous * SHARED_FACTOR
 
     def kept(self) -> bool:
-        return checkpoint.complete(self._images)
+        return store.complete(self._images)
 
     def spoil(self) -> None:
-        checkpoint.spoil(self._images)
+        store.spoil(self._images)
 
     def running(self) -> bool:
-        return checkpoint.application_pid(self.init_pid) is not None
+        return init.application_pid(self.init_pid) is not None
 
     def loading(self) -> bool:
         loader = self._known_loader()
@@ -311,30 +312,30 @@ class Workload(Processes):
             log.info("pid %d was restored differently: %s", self.init_pid, remark)
 
     async def end(self, *, at_once: bool = False) -> None:
-        await checkpoint.take_hold(self.init_pid)
-        application = checkpoint.application_pid(self.init_pid)
+        await init.take_hold(self.init_pid)
+        application = init.application_pid(self.init_pid)
         if at_once:
             await self._kill_remains()
         elif application is not None:
             self.signal(application, self._stop_signal)
         deadline = time.monotonic() + END_SECONDS
-        while checkpoint.guard_pid(self.init_pid) is not None and time.monotonic() < deadline:
+        while init.guard_pid(self.init_pid) is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await self._kill_remains()
 
     async def start_afresh(self) -> None:
         await self._kill_remains()
-        checkpoint.start(self.init_pid)
+        init.start(self.init_pid)
 
     async def rescue(self) -> None:
         if self.running():
-            checkpoint.release(self.init_pid)
+            init.release(self.init_pid)
         else:
             await self.start_afresh()
 
     def discard(self) -> None:
         self._forget_loader()
-        checkpoint.discard(self._images)
+        store.discard(self._images)
 
     async def _kill_remains(self) -> None:
         """Ends every process of the container but its init, and waits until they are gone: what listens on the port of

@@ -45,7 +45,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* As the kernel numbers them; libc's SIGRTMIN leaves some of the range to itself. checkpoint.py has the same numbers. */
+/* As the kernel numbers them; libc's SIGRTMIN leaves some of the range to itself. criu/init.py has the same ones. */
 enum { HOLD = 61, RELEASE = 62, START = 63 };
 
 enum { CANNOT_EXECUTE = 126, NOT_FOUND = 127, INIT_FAILED = 125 };

@@ -38,7 +38,7 @@ from google.protobuf import json_format
 
 from criproxy.api import cri_pb2 as cri
 from criproxy.cri.runtime import ContainerInfo, Mount
-from criproxy.criu.checkpoint import SAID
+from criproxy.criu.store import SAID
 
 _BELOW: Final = "checkpoint"
 _SCRATCH: Final = "archives"

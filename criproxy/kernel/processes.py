@@ -101,7 +101,13 @@ def parent(pid: int, proc: Path = PROC) -> int:
 
 def ns_pid(pid: int, proc: Path = PROC) -> int:
     """The number of a process (or thread) in the innermost PID namespace that it is a member of."""
-    return int(_status(proc / str(pid))["NSpid"].split()[-1])
+    return int(status(pid, proc)["NSpid"].split()[-1])
+
+
+def status(pid: int, proc: Path = PROC) -> dict[str, str]:
+    """The lines of /proc/PID/status, by what stands before their colon."""
+    lines = _alive_text(proc / str(pid) / "status").splitlines()
+    return {name: value.strip() for name, _colon, value in (line.partition(":") for line in lines)}
 
 
 def children(pid: int, proc: Path = PROC) -> list[int]:
@@ -278,11 +284,6 @@ def _cpus(text: str) -> frozenset[int]:
         first, _dash, last = part.partition("-")
         found.update(range(int(first), int(last or first) + 1))
     return frozenset(found)
-
-
-def _status(folder: Path) -> dict[str, str]:
-    lines = _alive_text(folder / "status").splitlines()
-    return {name: value.strip() for name, _colon, value in (line.partition(":") for line in lines)}
 
 
 def _stat(pid: int, proc: Path) -> list[str]:

@@ -15,7 +15,7 @@ from topology import Topology, topology
 from traffic import HTTP, Hook
 
 from criproxy import LIBEXEC
-from criproxy.criu import bundle, checkpoint
+from criproxy.criu import bundle, init
 from criproxy.criu.bundle import Bundle
 from criproxy.criu.checkpoint import Criu
 from criproxy.hook.network import PodNetwork
@@ -70,7 +70,7 @@ def box(tmp_path: Path, criu_bundle: Bundle) -> Iterator[Callable[..., Box]]:
             made = stack.enter_context(Box(folder, criu_bundle, argv, **options))
             if made.running():
                 made.network(_loopback_up)
-                until(lambda: checkpoint.application_pid(made.pid) or not made.running())
+                until(lambda: init.application_pid(made.pid) or not made.running())
             return made
 
         yield make

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from box import Box, until
 
-from criproxy.criu import checkpoint
-from criproxy.criu.checkpoint import CheckpointError, Criu
+from criproxy.criu import store
+from criproxy.criu.checkpoint import Criu
+from criproxy.criu.errors import CheckpointError
 from lab.volumes import mounted, project
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
@@ -40,7 +41,7 @@ async def sleeping(
     await criu.restore(container.pid, images)
     assert await criu.verify(container.pid, images) == []
     if discard:
-        checkpoint.discard(images)
+        store.discard(images)
 
 
 def keeper(images: Path) -> int:
@@ -172,7 +173,7 @@ async def test_a_watched_file_that_is_deleted_meanwhile(box: Callable[..., Box],
     ask(container, "")
     await sleeping(container, criu, images, lambda: (container.data / "file").unlink(), discard=False)
     ask(container, "")
-    checkpoint.discard(images)
+    store.discard(images)
     ask(container, "file deleted file ignored")
     await sleeping(container, criu, images, lambda: None)
     written(container.data / "other", "text")
@@ -188,7 +189,7 @@ async def test_the_keeper_ends_with_the_checkpoint_and_with_the_container(
     await criu.dump(container.pid, images)
     first = keeper(images)
     await criu.restore(container.pid, images)
-    checkpoint.discard(images)
+    store.discard(images)
     until(lambda: not Path(f"/proc/{first}").exists())
     await criu.dump(container.pid, images)
     second = keeper(images)

@@ -20,9 +20,11 @@ import pytest
 from box import CAPABILITIES, Box, ask, redis, until
 
 from criproxy import run
-from criproxy.criu import checkpoint
+from criproxy.criu import command, init, store
 from criproxy.criu.bundle import Bundle
-from criproxy.criu.checkpoint import AttributesChanged, CheckpointError, Criu, RestoreError
+from criproxy.criu.checkpoint import Criu
+from criproxy.criu.errors import CheckpointError, RestoreError
+from criproxy.criu.saved import AttributesChanged
 from criproxy.kernel import processes
 
 # Debian's redis-tools has the server too, under the name of its checker; argv[0] decides what it is.
@@ -194,7 +196,7 @@ async def test_nothing_of_ours_is_inherited(box: Callable[..., Box], criu: Criu,
     """Neither descriptors nor the cgroup, the keyring or the oom_score_adj of whoever restores."""
     container = box(*python("import time\nprint('ready')\nwhile True: time.sleep(0.01)"))
     container.hear("ready")
-    application = checkpoint.application_pid(container.pid)
+    application = init.application_pid(container.pid)
     assert application is not None
     before = sorted(os.listdir(f"/proc/{application}/fd")), Path(f"/proc/{application}/cgroup").read_text()
     ours = Path("/proc/self/oom_score_adj")
@@ -205,10 +207,10 @@ async def test_nothing_of_ours_is_inherited(box: Callable[..., Box], criu: Criu,
     finally:
         with contextlib.suppress(PermissionError):
             ours.write_text(was)
-    application = checkpoint.application_pid(container.pid)
+    application = init.application_pid(container.pid)
     assert application is not None
     assert (sorted(os.listdir(f"/proc/{application}/fd")), Path(f"/proc/{application}/cgroup").read_text()) == before
-    assert os.listdir(f"/proc/{checkpoint.guard_pid(container.pid)}/fd") == []
+    assert os.listdir(f"/proc/{init.guard_pid(container.pid)}/fd") == []
 
 
 @pytest.mark.parametrize("stop", [True, False], ids=["stop", "continue"])
@@ -253,17 +255,17 @@ async def test_the_exit_code_after_cycles(box: Callable[..., Box], criu: Criu, i
 async def test_a_crash_right_after_a_restore_is_a_crash(box: Callable[..., Box], criu: Criu, images: Path) -> None:
     container = box("sleep", "1000")
     await criu.dump(container.pid, images)
-    real = checkpoint.release
+    real = init.release
 
     def crash_first(init_pid: int) -> None:
-        application = checkpoint.application_pid(init_pid)
+        application = init.application_pid(init_pid)
         assert application is not None
         os.kill(application, signal.SIGSEGV)
         until(lambda: not processes.children(init_pid))
         real(init_pid)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "release", crash_first)
+        patch.setattr(init, "release", crash_first)
         await criu.restore(container.pid, images)
     assert container.wait() == 128 + signal.SIGSEGV
 
@@ -273,9 +275,9 @@ async def test_started_afresh_after_a_dump(box: Callable[..., Box], criu: Criu, 
     with redis(container) as connection:
         ask(connection, "SET key value")
     await criu.dump(container.pid, images)
-    checkpoint.discard(images)
-    assert not checkpoint.complete(images)
-    checkpoint.start(container.pid)
+    store.discard(images)
+    assert not store.complete(images)
+    init.start(container.pid)
     with redis(container) as connection:
         assert ask(connection, "GET key") == "$-1"
     await cycle(criu, container, images)
@@ -293,7 +295,7 @@ async def test_killing_a_checkpointed_container_leaves_nothing(
     assert container.wait() == 137
     with pytest.raises(RestoreError, match="has ended"):
         await criu.restore(container.pid, images)
-    checkpoint.discard(images)
+    store.discard(images)
     assert not images.exists()
 
 
@@ -314,7 +316,7 @@ except InterruptedError:
 """
     container = box(*python(code))
     container.hear("ready")
-    application = checkpoint.application_pid(container.pid)
+    application = init.application_pid(container.pid)
     assert application is not None
     until(lambda: Path(f"/proc/{application}/stat").read_text().split(") ")[1][0] == "S")
     # Stopped, so that its handler can't run before the dump.
@@ -323,7 +325,7 @@ except InterruptedError:
     os.kill(application, signal.SIGUSR1)
     await criu.dump(container.pid, images)
     await criu.restore(container.pid, images)
-    application = checkpoint.application_pid(container.pid)
+    application = init.application_pid(container.pid)
     assert application is not None
     os.kill(application, signal.SIGCONT)
     container.hear("woken")
@@ -382,7 +384,7 @@ async def test_what_cant_be_dumped_goes_on_and_says_why(
             with pytest.raises(CheckpointError, match=reason):
                 await criu.dump(container.pid, images)
             assert not images.exists()
-            application = checkpoint.application_pid(container.pid)
+            application = init.application_pid(container.pid)
             assert application is not None
             until(lambda pid=application: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "SR")  # type: ignore[misc]
         # It isn't held any more.
@@ -418,13 +420,13 @@ async def test_attributes_that_grew_are_an_error_and_others_are_put_back(
 ) -> None:
     container = box("sleep", "1000")
     every = os.sched_getaffinity(container.pid)
-    application = checkpoint.application_pid(container.pid)
+    application = init.application_pid(container.pid)
     assert application is not None
     os.sched_setaffinity(application, {min(every)})
     await cycle(criu, container, images, 1)
     saved = images.with_name("checkpoint.json")
     data = json.loads(saved.read_text())
-    application = checkpoint.application_pid(container.pid)
+    application = init.application_pid(container.pid)
     assert application is not None
     os.sched_setaffinity(application, every)
     assert await criu.verify(container.pid, images) == []
@@ -455,7 +457,7 @@ async def test_whoever_is_cancelled_waits_for_the_end(box: Callable[..., Box], c
         for milliseconds in range(1, 30, 4):
             await _silence()
             await _cancel(criu.dump(container.pid, images), milliseconds)
-            assert checkpoint.complete(images)
+            assert store.complete(images)
             await _cancel(criu.restore(container.pid, images), milliseconds)
             assert ask(connection, "GET key").endswith("value")
 
@@ -483,7 +485,7 @@ async def test_a_criu_killed_in_the_middle_of_a_dump_leaves_nothing_hanging(
     Most often all goes on, connections included. In some of its moments CRIU's death is also the application's; then
     the container ends, as after any crash.
     """
-    real = checkpoint._to_the_end
+    real = command._to_the_end
 
     async def until_killed(
         running: run.Running, timeout: float, _loader: object = None
@@ -504,7 +506,7 @@ async def test_a_criu_killed_in_the_middle_of_a_dump_leaves_nothing_hanging(
                 assert ask(connection, f"SET key {number}") == "+OK"
                 await _silence()
                 with monkeypatch.context() as patch:
-                    patch.setattr(checkpoint, "_to_the_end", until_killed)
+                    patch.setattr(command, "_to_the_end", until_killed)
                     try:
                         await criu.dump(container.pid, images)
                     except CheckpointError:
@@ -562,7 +564,7 @@ async def test_the_container_cant_slip_code_or_configuration_to_criu(
 
 
 def _pids(container: Box) -> list[int]:
-    guard = checkpoint.guard_pid(container.pid)
+    guard = init.guard_pid(container.pid)
     assert guard is not None
     numbers = []
     for pid in processes.tree(guard):
@@ -572,7 +574,7 @@ def _pids(container: Box) -> list[int]:
 
 
 def _attributes(container: Box) -> dict[int, processes.ThreadAttributes]:
-    guard = checkpoint.guard_pid(container.pid)
+    guard = init.guard_pid(container.pid)
     assert guard is not None
     return processes.attributes(processes.tree(guard))
 

@@ -13,7 +13,8 @@ import pytest
 from box import CAPABILITIES, Box, until
 from matrix import Feature
 
-from criproxy.criu.checkpoint import CheckpointError, Criu, GivenUp
+from criproxy.criu.checkpoint import Criu
+from criproxy.criu.errors import CheckpointError, GivenUp
 
 ASLEEP_SECONDS = {"clocks": 0.5}
 """How long a feature's container sleeps, where that matters."""

@@ -16,7 +16,8 @@ import pytest
 from box import until
 
 from criproxy import LIBEXEC
-from criproxy.criu import checkpoint
+from criproxy.criu import init
+from criproxy.criu.errors import CheckpointError
 from criproxy.kernel import processes
 
 INIT = LIBEXEC / "init"
@@ -45,8 +46,8 @@ class Container:
         return self._process.wait(SECONDS)
 
     def application(self) -> int:
-        until(lambda: checkpoint.application_pid(self.pid))
-        found = checkpoint.application_pid(self.pid)
+        until(lambda: init.application_pid(self.pid))
+        found = init.application_pid(self.pid)
         assert found is not None
         return found
 
@@ -170,7 +171,7 @@ def test_orphans_are_reaped_while_it_runs() -> None:
 def test_the_guard_takes_daemons_in_and_holds_nothing() -> None:
     with started("sh", "-c", "(setsid sleep 60 &) ; echo ready; exec sleep 60") as container:
         assert container.line() == "ready"
-        guard = checkpoint.guard_pid(container.pid)
+        guard = init.guard_pid(container.pid)
         assert guard is not None
         assert processes.children(container.pid) == [guard]
         until(lambda: len(processes.children(guard)) == 2)
@@ -252,13 +253,13 @@ def test_who_may_be_signalled_follows_kill_2() -> None:
     drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
     with started(*drop, "sleep", "60") as container:
         until(lambda: Path(f"/proc/{container.application()}").stat().st_uid == 65534)
-        assert checkpoint.may_signal(container.pid, container.application())
+        assert init.may_signal(container.pid, container.application())
     # The same without CAP_KILL, which is what many containers are started with.
     with started(
         *drop, "sleep", "60", before=["setpriv", "--bounding-set", "-kill", "--inh-caps", "-kill"]
     ) as container:
         until(lambda: Path(f"/proc/{container.application()}").stat().st_uid == 65534)
-        assert not checkpoint.may_signal(container.pid, container.application())
+        assert not init.may_signal(container.pid, container.application())
         container.kill(signal.SIGTERM)
         time.sleep(0.05)
         assert container.running()
@@ -272,20 +273,20 @@ def test_who_may_be_signalled_follows_kill_2() -> None:
 def test_held_the_applications_end_isnt_the_containers() -> None:
     with started("sh", "-c", "read line; exit 7") as container:
         container.application()
-        checkpoint.hold(container.pid)
+        init.hold(container.pid)
         container.stdin.write(b"go\n")
         container.stdin.flush()
         container.tree_gone()
         assert container.running()
-        checkpoint.release(container.pid)
+        init.release(container.pid)
         assert container.wait() == 7
 
 
 def test_released_it_goes_on_as_before() -> None:
     with started("sh", "-c", "read line; exit 7") as container:
         container.application()
-        checkpoint.hold(container.pid)
-        checkpoint.release(container.pid)
+        init.hold(container.pid)
+        init.release(container.pid)
         container.stdin.write(b"go\n")
         container.stdin.flush()
         assert container.wait() == 7
@@ -294,22 +295,22 @@ def test_released_it_goes_on_as_before() -> None:
 def test_started_afresh_it_is_a_new_one_that_counts() -> None:
     with started("sh", "-c", "trap 'exit 8' TERM; echo $$; while :; do sleep 0.01; done") as container:
         first = container.line()
-        checkpoint.hold(container.pid)
+        init.hold(container.pid)
         os.kill(container.application(), signal.SIGKILL)
         container.tree_gone()
         for _ in range(3):
-            checkpoint.start(container.pid)
+            init.start(container.pid)
             second = container.line()
             assert second != first
             first = second
-            checkpoint.hold(container.pid)
-            guard = checkpoint.guard_pid(container.pid)
+            init.hold(container.pid)
+            guard = init.guard_pid(container.pid)
             assert guard is not None
             for pid in reversed(processes.tree(guard)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             container.tree_gone()
-        checkpoint.start(container.pid)
+        init.start(container.pid)
         assert container.line() != first
         container.kill(signal.SIGTERM)
         assert container.wait() == 8
@@ -319,8 +320,8 @@ def test_started_afresh_what_is_left_of_the_old_one_is_killed() -> None:
     with started("sh", "-c", "echo $$; exec sleep 60") as container:
         container.line()
         old = container.application()
-        checkpoint.hold(container.pid)
-        checkpoint.start(container.pid)
+        init.hold(container.pid)
+        init.start(container.pid)
         container.line()
         until(lambda: not Path(f"/proc/{old}").exists())
         assert container.application() != old
@@ -329,12 +330,12 @@ def test_started_afresh_what_is_left_of_the_old_one_is_killed() -> None:
 def test_signals_that_come_while_it_is_held_are_passed_on_when_it_goes_on() -> None:
     with started(*python(ECHO)) as container:
         assert container.line() == "ready"
-        checkpoint.hold(container.pid)
+        init.hold(container.pid)
         for signum in (15, 1, 34):
             container.kill(signum)
-        until(lambda: not checkpoint._pending(container.pid))
-        assert not checkpoint._pending(container.application())
-        checkpoint.release(container.pid)
+        until(lambda: not init._pending(container.pid))
+        assert not init._pending(container.application())
+        init.release(container.pid)
         assert {container.line() for _ in range(3)} == {"15", "1", "34"}
 
 
@@ -342,11 +343,11 @@ def test_signals_that_come_while_it_is_held_are_passed_on_when_it_goes_on() -> N
 def test_asleep_it_ends_when_it_is_asked_to(signum: int) -> None:
     with started("sleep", "60") as container:
         container.application()
-        checkpoint.hold(container.pid)
+        init.hold(container.pid)
         os.kill(container.application(), signal.SIGKILL)
         container.tree_gone()
         container.kill(signal.SIGHUP)  # which asks for something else
-        until(lambda: not checkpoint._pending(container.pid))
+        until(lambda: not init._pending(container.pid))
         assert container.running()
         container.kill(signum)
         assert container.wait() == 128 + signum
@@ -355,10 +356,10 @@ def test_asleep_it_ends_when_it_is_asked_to(signum: int) -> None:
 def test_asked_to_end_during_a_dump_it_does_so_after_it() -> None:
     with started("sleep", "60") as container:
         container.application()
-        checkpoint.hold(container.pid)
+        init.hold(container.pid)
         application = container.application()
         container.kill(signal.SIGTERM)
-        until(lambda: not checkpoint._pending(container.pid))
+        until(lambda: not init._pending(container.pid))
         assert container.running()
         os.kill(application, signal.SIGKILL)
         assert container.wait() == 143
@@ -368,8 +369,8 @@ def test_not_held_a_start_is_ignored() -> None:
     with started("sh", "-c", "echo $$; exec sleep 60") as container:
         container.line()
         application = container.application()
-        checkpoint.start(container.pid)
-        checkpoint.release(container.pid)
+        init.start(container.pid)
+        init.release(container.pid)
         time.sleep(0.05)
         assert container.application() == application
 
@@ -379,7 +380,7 @@ def test_orders_are_obeyed_before_the_end_that_came_after_them() -> None:
     with started("sleep", "60") as container:
         application = container.application()
         container.kill(signal.SIGSTOP)
-        checkpoint.hold(container.pid)
+        init.hold(container.pid)
         os.kill(application, signal.SIGKILL)
         until(lambda: not processes.alive(application, processes.start_time(application)))
         container.kill(signal.SIGCONT)
@@ -390,20 +391,20 @@ def test_orders_are_obeyed_before_the_end_that_came_after_them() -> None:
 def test_a_hold_waits_for_the_order_before_it() -> None:
     with started("sleep", "60") as container:
         container.application()
-        checkpoint.hold(container.pid)
+        init.hold(container.pid)
         time.sleep(0.05)
         container.kill(signal.SIGSTOP)
         until(lambda: "T" in Path(f"/proc/{container.pid}/stat").read_text().split(")")[1])
-        checkpoint.release(container.pid)
-        with pytest.raises(checkpoint.CheckpointError, match="doesn't run"):
-            checkpoint.hold(container.pid)
+        init.release(container.pid)
+        with pytest.raises(CheckpointError, match="doesn't run"):
+            init.hold(container.pid)
 
 
 def test_orders_go_to_nobody_but_an_init() -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
         with pytest.raises(ProcessLookupError):
-            checkpoint.hold(other.pid)
+            init.hold(other.pid)
         assert other.poll() is None
         other.kill()
     with pytest.raises(ProcessLookupError):
-        checkpoint.release(other.pid)
+        init.release(other.pid)

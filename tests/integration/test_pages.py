@@ -16,8 +16,9 @@ import pytest
 from box import Box, until
 from specimen import QUICK, Specimen, eventually, seen, wait_for
 
-from criproxy.criu import checkpoint, pages
-from criproxy.criu.checkpoint import Criu, RestoreError
+from criproxy.criu import init, pages
+from criproxy.criu.checkpoint import Criu
+from criproxy.criu.errors import RestoreError
 from criproxy.criu.pages import Loader
 from criproxy.kernel import processes
 from criproxy.kernel.cgroup import Cgroup
@@ -145,12 +146,12 @@ async def test_without_its_loader_it_waits_and_never_reads_zeros(
     assert len(loaders()) == 1
     assert Loader.adopt(images) is not None
     # It can be killed, and the command started afresh.
-    checkpoint.hold(container.pid)
+    init.hold(container.pid)
     # All of it: the guard's own pages are missing, too.
     for pid in processes.tree(container.pid)[1:]:
         os.kill(pid, signal.SIGKILL)
     until(lambda: not processes.children(container.pid))
-    checkpoint.start(container.pid)
+    init.start(container.pid)
     container.hear("ready")
     loader.close()
 

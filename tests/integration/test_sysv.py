@@ -11,7 +11,8 @@ import pytest
 from box import Box
 
 from criproxy.criu import sysv
-from criproxy.criu.checkpoint import CheckpointError, Criu
+from criproxy.criu.checkpoint import Criu
+from criproxy.criu.errors import CheckpointError
 from criproxy.kernel.namespaces import in_ipc_namespace
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")

@@ -14,7 +14,8 @@ import pytest
 from criproxy import container as container_module
 from criproxy import scaledown
 from criproxy.container import Container, Record, State
-from criproxy.criu.checkpoint import AttributesChanged, CheckpointError, GivenUp, OutOfMemory, RestoreError
+from criproxy.criu.errors import CheckpointError, GivenUp, OutOfMemory, RestoreError
+from criproxy.criu.saved import AttributesChanged
 from criproxy.freezer import FreezeError
 from criproxy.hook.pod_maps import Stream
 from criproxy.kernel.sockets import Flow

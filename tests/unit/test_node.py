@@ -17,7 +17,7 @@ from criproxy import sandbox as sandbox_module
 from criproxy.config import Config
 from criproxy.container import Record, State
 from criproxy.cri.runtime import Runtime, Unreachable
-from criproxy.criu import checkpoint
+from criproxy.criu import init
 from criproxy.criu.checkpoint import Criu
 from criproxy.hook.network import NetworkError, Park
 from criproxy.kernel import processes
@@ -314,9 +314,9 @@ async def test_what_was_asked_to_end_by_the_last_daemon_does_not_end_its_contain
     group: Any = SimpleNamespace(whole=lambda name: None)
     monkeypatch.setattr(Cgroup, "of", lambda pid: group)
     monkeypatch.setattr(node_module, "Freezer", lambda group: None)
-    monkeypatch.setattr(checkpoint, "guard_pid", lambda pid: 7)
-    monkeypatch.setattr(checkpoint, "hold", lambda pid: orders.append("hold"))
-    monkeypatch.setattr(checkpoint, "release", lambda pid: orders.append("release"))
+    monkeypatch.setattr(init, "guard_pid", lambda pid: 7)
+    monkeypatch.setattr(init, "hold", lambda pid: orders.append("hold"))
+    monkeypatch.setattr(init, "release", lambda pid: orders.append("release"))
     ending = container(pid=6, bundle="/bundle", tier="restart", state=State.CHECKPOINTING)
     assert node_module._found(ending) is State.SCALED_DOWN
     ending.tier = "checkpoint"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from criproxy import workload as workload_module
-from criproxy.criu import checkpoint
-from criproxy.criu.checkpoint import CheckpointError, OutOfMemory, RestoreError
+from criproxy.criu import init
+from criproxy.criu.errors import CheckpointError, OutOfMemory, RestoreError
 from criproxy.policy import Lazy
 from criproxy.workload import Processes, Workload, signal_number
 
@@ -67,11 +67,11 @@ async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
 
 @pytest.mark.parametrize("hears", [True, False])
 async def test_an_init_that_does_not_hear_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch, hears: bool) -> None:
-    monkeypatch.setattr(checkpoint, "_HEARING_SECONDS", 0.05)
+    monkeypatch.setattr(init, "_HEARING_SECONDS", 0.05)
     release_is_pending, sent = True, []
-    monkeypatch.setattr(checkpoint, "_pending", lambda pid: 1 << 61 if release_is_pending else 0)
-    monkeypatch.setattr(checkpoint, "_order", lambda pid, order: sent.append(order))
-    task = asyncio.create_task(checkpoint.take_hold(7))
+    monkeypatch.setattr(init, "_pending", lambda pid: 1 << 61 if release_is_pending else 0)
+    monkeypatch.setattr(init, "_order", lambda pid, order: sent.append(order))
+    task = asyncio.create_task(init.take_hold(7))
     await asyncio.sleep(0.01)
     assert not task.done()
     release_is_pending = not hears
