@@ -21,8 +21,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from google.protobuf.message import DecodeError
-
 from criproxy import run
 from criproxy.criu import aftermath, expired, init, store, sysv
 from criproxy.criu.bundle import Bundle
@@ -271,7 +269,7 @@ def _or_warn(images: Path, consequence: str) -> Iterator[None]:
     """The processes are in the images only: what fails now mustn't keep them there."""
     try:
         yield
-    except (OSError, ValueError, DecodeError) as error:
+    except (OSError, ValueError) as error:
         log.warning("%s: %s: %s", images, consequence, error)
 
 

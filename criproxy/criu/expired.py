@@ -16,7 +16,7 @@ from criproxy.criu import images as image_files
 def rearm(images: Path) -> int:
     """Changes a complete dump as described above; returns how many timers. Raises OSError, ValueError."""
     path = images / "files.img"
-    files = [criu.File.FromString(entry) for entry in image_files.entries(path.read_bytes())]
+    files = list(image_files.read(path, criu.File))
     rearmed = 0
     for file in files:
         timer = file.tfd
@@ -24,5 +24,5 @@ def rearm(images: Path) -> int:
             timer.vsec, timer.vnsec = timer.isec, timer.insec
             rearmed += 1
     if rearmed:
-        image_files.replace(path, (file.SerializeToString() for file in files))
+        image_files.replace(path, files)
     return rearmed

@@ -139,8 +139,10 @@ class Kept:
     def rewrite(self, images: Path) -> None:
         """Makes a complete dump refer to what is kept. Raises OSError, ValueError."""
         path = images / "files.img"
-        files = [criu.File.FromString(entry) for entry in image_files.entries(path.read_bytes())]
-        remaps = [criu.Remap.FromString(entry) for entry in _entries(images / "remap-fpath.img")]
+        files = list(image_files.read(path, criu.File))
+        remaps = []
+        with contextlib.suppress(FileNotFoundError):  # where no file was deleted
+            remaps = list(image_files.read(images / "remap-fpath.img", criu.Remap))
         # Which of them CRIU has copied, to make them anew in the same folder, and which it has linked there.
         deleted = {remap.orig_id for remap in remaps if remap.remap_type == _COPY}
         linked = {remap.orig_id for remap in remaps} - deleted
@@ -161,10 +163,10 @@ class Kept:
                     watch.f_handle.path = f"/.criproxy-kept/{number}"
                     watch.f_handle.ClearField("mnt_id")
         shutil.copyfile(path, images / "files.plain")
-        image_files.replace(path, (file.SerializeToString() for file in files))
+        image_files.replace(path, files)
         if kept & deleted:
             shutil.copyfile(images / "remap-fpath.img", images / "remap-fpath.plain")
-            left = (remap.SerializeToString() for remap in remaps if remap.orig_id not in kept)
+            left = [remap for remap in remaps if remap.orig_id not in kept]
             image_files.replace(images / "remap-fpath.img", left)
 
     def inherit(self, images: Path, stack: ExitStack) -> Inheritance:
@@ -187,12 +189,12 @@ class Kept:
             with contextlib.suppress(FileNotFoundError):
                 (images / f"{name}.plain").replace(images / f"{name}.img")
         path = images / "files.img"
-        files = [criu.File.FromString(entry) for entry in image_files.entries(path.read_bytes())]
+        files = list(image_files.read(path, criu.File))
         for file in files:
             if file.HasField("reg") and file.reg.name in self._files:
                 file.reg.ClearField("size")
                 file.reg.ClearField("mode")
-        image_files.replace(path, (file.SerializeToString() for file in files))
+        image_files.replace(path, files)
 
 
 # --- Inside -----------------------------------------------------------------------------------------------------------
@@ -201,14 +203,6 @@ class Kept:
 def _key(number: int) -> str:
     """As a path, since CRIU takes the rest of one, without the slash, for the name of a descriptor as it is."""
     return f"/kept-{number}"
-
-
-def _entries(path: Path) -> Iterator[bytes]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return iter(())
-    return image_files.entries(data)
 
 
 def _volumes(init_pid: int) -> Iterator[_Volume]:

@@ -86,8 +86,8 @@ def delete_again(init_pid: int, segments: Mapping[int, bool]) -> None:
 def keep_only(images: Path, segments: Mapping[int, bool]) -> None:
     """Takes everything out of a dump that stays in the namespace. Raises OSError, ValueError."""
     for path in images.glob("ipcns-shm-*.img"):
-        entries = list(image_files.entries(path.read_bytes()))
-        image_files.replace(path, [e for e in entries if criu.SharedMemory.FromString(e).desc.id in segments])
+        found = list(image_files.read(path, criu.SharedMemory))
+        image_files.replace(path, (one for one in found if one.desc.id in segments))
     for kind in ("msg", "sem"):
         for path in images.glob(f"ipcns-{kind}-*.img"):
             image_files.replace(path, [])

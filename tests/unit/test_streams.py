@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from criproxy.api import criu_sockets_pb2 as criu
+from criproxy.api import criu_pb2 as criu
 from criproxy.criu.streams import streams
 from criproxy.hook.pod_maps import Stream
 from criproxy.kernel.sockets import Flow
@@ -29,13 +29,13 @@ def inet(ino: int, family: socket.AddressFamily, local: str, remote: str, state:
         ino=ino, family=family, proto=6, state=state, src_port=80, dst_port=4711,
         src_addr=words(family, local), dst_addr=words(family, remote),
     )  # fmt: skip
-    return criu.FileEntry(isk=entry).SerializeToString()
+    return criu.File(isk=entry).SerializeToString()
 
 
 def test_established_connections_are_found(tmp_path: Path) -> None:
     v4, v6 = socket.AF_INET, socket.AF_INET6
     files = [
-        criu.FileEntry().SerializeToString(),
+        criu.File().SerializeToString(),
         inet(0x1A, v4, "10.0.0.2", "10.0.0.5"),
         inet(0x1B, v6, "::ffff:10.0.0.2", "::ffff:10.0.0.6"),
         inet(0x1C, v6, "fd00::2", "fd00::5"),
