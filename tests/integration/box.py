@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from specimen import PATIENCE
+
 from criproxy.criu.bundle import INSIDE, Bundle
 from criproxy.kernel import namespaces
 
@@ -63,12 +65,10 @@ class Box:
         self.data.chmod(0o777)
         self._runc = ["runc", "--root", str(folder / "runc")]
         self._config = _configuration(bundle, argv, user, capabilities, self.data, env or {}, no_new_privs)
-        self._config["linux"]["cgroupsPath"] = f"/criproxy-test/{self.id}"
+        self._config["linux"]["cgroupsPath"] = f"/{self.id}"
         if change is not None:
             change(self._config)
         self.pid = 0
-        self.code: int | None = None
-        self._init: int | None = None
 
     def __enter__(self) -> Box:
         root = self.folder / "root"
@@ -80,42 +80,49 @@ class Box:
         for name in ("passwd", "group", "nsswitch.conf"):
             shutil.copy(Path("/etc") / name, root / "etc" / name)
         (self.folder / "config.json").write_text(json.dumps(self._config))
-        self._stdin_end, self.stdin = os.pipe()
-        self.stdout, self._stdout_end = os.pipe()
-        self.stderr, self._stderr_end = os.pipe()
+        stdin, self.stdin = os.pipe()
+        self.stdout, stdout = os.pipe()
+        self.stderr, stderr = os.pipe()
         pid_file = self.folder / "pid"
         # In the background: `runc run` waits for the container, and so knows its exit code.
         self._process = subprocess.Popen(
             [*self._runc, "run", "--bundle", str(self.folder), "--pid-file", str(pid_file), "--keep", self.id],
-            stdin=self._stdin_end,
-            stdout=self._stdout_end,
-            stderr=self._stderr_end,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
         )
-        for end in (self._stdin_end, self._stdout_end, self._stderr_end):
+        for end in (stdin, stdout, stderr):
             os.close(end)
-        until(lambda: (pid_file.exists() and pid_file.read_text() != "") or self._process.poll() is not None)
-        if not pid_file.exists():
-            os.set_blocking(self.stderr, False)
-            raise AssertionError(f"runc: {self.said(self.stderr)}")
-        self.pid = int(pid_file.read_text())
         for stream in (self.stdout, self.stderr):
             os.set_blocking(stream, False)
+        try:
+            until(lambda: pid_file.exists() or self._process.poll() is not None)
+            assert pid_file.exists(), f"runc: {self.said(self.stderr)}"
+            self.pid = int(pid_file.read_text())
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if self.pid:
-                os.kill(self.pid, signal.SIGKILL)
-        self._process.wait(10)
-        subprocess.run([*self._runc, "delete", "--force", self.id], check=False, capture_output=True)
-        for stream in (self.stdin, self.stdout, self.stderr):
-            with contextlib.suppress(OSError):
-                os.close(stream)
-        for group in Path("/sys/fs/cgroup").glob("*/criproxy-test"):
-            with contextlib.suppress(OSError):
-                group.rmdir()
+        self._end()
 
-    def wait(self, timeout: float = 10) -> int:
+    def _end(self) -> None:
+        # `runc run` ends with its container, and reaps it. Before there is one, nobody else knows what has to be ended.
+        if self.pid and self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
+        try:
+            self._process.wait(PATIENCE)
+        finally:
+            subprocess.run([*self._runc, "delete", "--force", self.id], check=False, capture_output=True)
+            for stream in (self.stdin, self.stdout, self.stderr):
+                with contextlib.suppress(OSError):
+                    os.close(stream)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
         """The container's exit code."""
         return self._process.wait(timeout)
 
@@ -130,7 +137,7 @@ class Box:
                 chunks.append(chunk)
         return b"".join(chunks).decode()
 
-    def hear(self, text: str, timeout: float = 10) -> str:
+    def hear(self, text: str, timeout: float = PATIENCE) -> str:
         """Waits until stdout has said `text`, and returns all since the last call."""
         heard = ""
 
@@ -148,7 +155,7 @@ class Box:
 
     def connect(self, port: int) -> socket.socket:
         def dial() -> socket.socket:
-            return socket.create_connection(("127.0.0.1", port), timeout=10)
+            return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
 
         return self.network(dial)
 
@@ -156,7 +163,9 @@ class Box:
         return subprocess.run([*self._runc, "exec", self.id, *argv], capture_output=True, text=True, check=False)
 
 
-def until(condition: Callable[[], object], timeout: float = 10, complaint: Callable[[], str] = lambda: "") -> None:
+def until(
+    condition: Callable[[], object], timeout: float = PATIENCE, complaint: Callable[[], str] = lambda: ""
+) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, complaint() or "it didn't come true in time"
@@ -166,7 +175,7 @@ def until(condition: Callable[[], object], timeout: float = 10, complaint: Calla
 @contextlib.contextmanager
 def redis(box: Box) -> Iterator[socket.socket]:
     """A connection to the redis on port 6379, once it is there."""
-    until(lambda: _listens(box, 6379), 15)
+    until(lambda: _listens(box, 6379))
     with box.connect(6379) as connection:
         yield connection
 

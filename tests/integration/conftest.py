@@ -36,7 +36,7 @@ def nothing_left(containerd: Containerd, daemon: Daemon) -> Iterator[None]:
     before = inventory.take(containerd)
     yield
     # A shim needs a moment to end after its last container.
-    eventually(lambda: not inventory.difference(before, inventory.take(containerd)), "nothing is left", timeout=5)
+    eventually(lambda: not inventory.difference(before, inventory.take(containerd)), "nothing is left")
 
 
 # --- Containers of runc alone -----------------------------------------------------------------------------------------
