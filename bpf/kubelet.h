@@ -45,4 +45,16 @@ struct {
 	__type(value, __u32);
 } addresses SEC(".maps");
 
+#define FRESH 180000000000ull /* ns: longer than a SYN is sent again. An entry that was left behind means nothing then. */
+
+/* Whether a connection whose SYN comes in is kubelet's. */
+static __always_inline int from_kubelet(const struct four *four, __u64 now)
+{
+	__u64 *opened = bpf_map_lookup_elem(&connections, four);
+
+	if (opened && now - *opened < FRESH)
+		return 1;
+	return bpf_map_lookup_elem(&addresses, four->remote) != NULL;
+}
+
 #endif

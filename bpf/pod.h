@@ -15,10 +15,9 @@
 #include <linux/tcp.h>
 #include <linux/udp.h>
 
-#include "kubelet.h"
+#include "ports.h"
 
 #define LAYOUT 4      /* of the maps and the records; network.py refuses pins of another one */
-#define SLOTS 16      /* containers per pod */
 #define LO 1          /* the kernel gives every namespace's lo this ifindex */
 #define EXTENSIONS 8  /* IPv6 extension headers that are walked at most; a packet with more isn't looked at */
 #define FRAME 66560   /* an IPv6 packet with the longest payload there is without a jumbogram, and its link header */
@@ -56,20 +55,6 @@ struct others {
 	__u64 last_out;
 };
 
-struct port {
-	__be16 number;
-	__u8 proto;
-	__u8 zero;
-};
-
-#define QUIET 1       /* neither counts as activity nor wakes */
-#define ANSWERED(who) (0x100 << (who)) /* while parked, new connections of this kind of visitor are the listener's */
-
-struct owner {
-	__u32 slot;
-	__u32 flags;
-};
-
 #define STATED 1     /* the fields below are filled in: the socket sleeps, and its keep-alives are answered */
 #define TIMESTAMPS 2 /* the connection has them */
 
@@ -91,13 +76,6 @@ struct talk {
 	__u32 out_end;
 	__u32 http2;  /* the connection has housekeeping of its own, which is in the numbers, but not in the times */
 	__u32 zero;
-};
-
-/* Whose connections are looked at before they count as activity. */
-enum visitor {
-	KUBELET = 0,  /* opened by a process in kubelet's cgroup (kubelet.c), or from an address that stands for it */
-	LOOPBACK = 1, /* over lo: a mesh's agent may forward kubelet's probe */
-	COMMAND = 2,  /* over lo while an exec probe is under way */
 };
 
 enum state {
@@ -180,14 +158,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct others);
 } others SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1024);
-	__type(key, struct port);
-	__type(value, struct owner);
-} ports SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

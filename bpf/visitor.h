@@ -16,7 +16,6 @@
 
 #include "packet.h"
 
-#define FRESH 180000000000ull /* ns: longer than a SYN is sent again. An entry that was left behind means nothing then. */
 #define COPIES 16             /* packets that are copied in each direction, */
 #define COPIED 2048           /* and bytes of each one's payload */
 #define HEAD 512              /* bytes of a first payload in which a user agent is looked for */
@@ -28,15 +27,6 @@ struct {
 	__type(key, __u32);
 	__type(value, __u8[HEAD]);
 } head SEC(".maps");
-
-static __always_inline int from_kubelet(const struct four *four, __u64 now)
-{
-	__u64 *opened = bpf_map_lookup_elem(&connections, four);
-
-	if (opened && now - *opened < FRESH)
-		return 1;
-	return bpf_map_lookup_elem(&addresses, four->remote) != NULL;
-}
 
 /* What is known of a packet that came in. */
 struct sight {

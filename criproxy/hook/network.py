@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self, TypeVar
+from typing import Final, Self
 
 from criproxy import LIBEXEC
 from criproxy.hook import packet, pod_maps, pod_namespace
@@ -47,7 +47,6 @@ from criproxy.hook.pod_maps import (
     POD,
     RING,
     SLOT,
-    SLOTS,
     U32,
     WATCHED,
     Activity,
@@ -59,13 +58,13 @@ from criproxy.hook.pod_maps import (
     Visitor,
     Watched,
 )
+from criproxy.hook.slots import NetworkError, Slots, checked, closing
 from criproxy.kernel import netlink, sockets
-from criproxy.kernel.bpf import BpfError, Map, Object, Pinned, RingBuffer, unpin
+from criproxy.kernel.bpf import BpfError, Object, Pinned, RingBuffer, unpin
 from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.kernel.netlink import DIRECTIONS, Direction, Link, Netlink
 from criproxy.kernel.sockets import Flow, Socket, UnixSocket
 from criproxy.kubelet import connections as kubelet
-from criproxy.policy import Port
 
 log = logging.getLogger(__name__)
 
@@ -80,18 +79,7 @@ HANDLE: Final = 0xC71
 NAME: Final = "criproxy"
 
 
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
-_Resource = TypeVar("_Resource", bound=_Closable)
-
-
-class NetworkError(Exception):
-    """The hook can't be put into (or found in) a pod. One sentence for people."""
-
-
-class PodNetwork:
+class PodNetwork(Slots):
     """The hook of one pod. Closing it leaves the hook at work; `detach()` takes it away."""
 
     def __init__(self, netns: Path, pins: Path) -> None:
@@ -110,21 +98,16 @@ class PodNetwork:
         self._links: dict[int, Link] = {}
         self._marks: dict[int, int] = {}
         with contextlib.ExitStack() as stack:
-            self._maps = {name: _closing(stack, Map(pins / name, key, value)) for name, (key, value) in MAPS.items()}
+            super().__init__(stack, pins, MAPS)
             layout = POD.unpack(self._get("pod", 0))[0]
             if layout not in (0, LAYOUT):
                 raise NetworkError(
                     f"The hook pinned in {pins} belongs to another version of criproxy (layout {layout})"
                 )
-            self._ring = _closing(stack, RingBuffer(_closing(stack, Pinned(pins / RING))))
-            self._watched = _closing(stack, RingBuffer(_closing(stack, Pinned(pins / WATCHED))))
+            self._ring = closing(stack, RingBuffer(closing(stack, Pinned(pins / RING))))
+            self._watched = closing(stack, RingBuffer(closing(stack, Pinned(pins / WATCHED))))
             self._programs = {name: _program_id(pins / name) for name in DIRECTIONS}
             self._route, self._diag, self._sender = _open_sockets(stack, netns)
-            self._ports: dict[bytes, bytes] = dict(self._maps["ports"].items())
-            self._answered: dict[int, dict[bytes, Collection[Visitor]]] = {}
-            for key, value in self._ports.items():
-                slot, _ = pod_maps.owner_of(value)
-                self._answered.setdefault(slot, {})[key] = pod_maps.answered_of(value)
             self._flows: dict[bytes, bytes] = dict(self._maps["flows"].items())
             self._resources = stack.pop_all()
 
@@ -203,51 +186,13 @@ class PodNetwork:
 
     # --- slots -------------------------------------------------------------------------------------------------
 
-    def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None:
-        """Says which local ports are the slot's, instead of those that were before.
-
-        Traffic of `quiet` ports neither counts as activity nor wakes; it is dropped while the slot is parked.
-        A port that another slot had moves to this one. Raises BpfError.
-        """
-        self._assign(slot, {pod_maps.port(port): port in quiet for port in (*ports, *quiet)})
-
-    def _assign(self, slot: int, quiet: Mapping[bytes, bool]) -> None:
-        """The slot's ports, as they are in the map, and whether they are quiet."""
-        answered = self._answered.get(_slot(slot), {})
-        wanted = {key: pod_maps.owner(slot, quiet=quiet[key], answered=answered.get(key, ())) for key in quiet}
-        self._reconcile("ports", self._ports, wanted, slot)
-
-    def answer(self, slot: int, ports: Mapping[Port, Collection[Visitor]]) -> None:
-        """Whose new connections to which of the slot's ports go to the listener (`listen`) while the slot isn't in
-        Park.PASS, instead of what was said before.
-
-        Without a listener they are parked, and `Parked.probe` tells. Raises BpfError.
-        """
-        self._answered[_slot(slot)] = {pod_maps.port(port): visitors for port, visitors in ports.items()}
-        self._assign(slot, {key: quiet for key, (owner, quiet) in self._owners() if owner == slot})
-
-    def _owners(self) -> list[tuple[bytes, tuple[int, bool]]]:
-        return [(key, pod_maps.owner_of(value)) for key, value in self._ports.items()]
-
-    def ports(self, slot: int) -> tuple[frozenset[Port], frozenset[Port]]:
-        """What was assigned to the slot, also by an earlier daemon: ports, and quiet ports."""
-        found = [(pod_maps.port_of(key), owner) for key, owner in self._owners()]
-        return (
-            frozenset(port for port, owner in found if owner == (slot, False)),
-            frozenset(port for port, owner in found if owner == (slot, True)),
-        )
-
-    def all_ports(self) -> frozenset[Port]:
-        """Every port that is a slot's."""
-        return frozenset(map(pod_maps.port_of, self._ports))
-
     def park(self, slot: int, mode: Park, flows: Iterable[Flow] = ()) -> None:
         """Sets the slot's mode; `flows` are its established connections, incoming and outgoing (Park.ALL), and those
         given before aren't its any more. TCP of others isn't parked, whatever its port, but for new connections.
 
         Takes effect for packets that come in after the call. Raises BpfError.
         """
-        wanted = {pod_maps.four(flow): pod_maps.flow_value(_slot(slot)) for flow in flows}
+        wanted = {pod_maps.four(flow): pod_maps.flow_value(checked(slot)) for flow in flows}
         if mode is not Park.PASS:
             self._reconcile("flows", self._flows, wanted, slot)
         layout, before, changed, commands = POD.unpack(self._get("pod", 0))
@@ -267,13 +212,9 @@ class PodNetwork:
         table = self._maps["flows"]
         for flow, stream in streams.items():
             key = pod_maps.four(flow)
-            if (known := self._flows.get(key)) is not None and U32.unpack_from(known)[0] == _slot(slot):
+            if (known := self._flows.get(key)) is not None and U32.unpack_from(known)[0] == checked(slot):
                 self._flows[key] = pod_maps.flow_value(slot, stream)
                 table.set(key, self._flows[key])
-
-    def mode(self, slot: int) -> Park:
-        """The slot's mode, also as an earlier daemon left it."""
-        return Park(U32.unpack(self._get("modes", slot))[0])
 
     def activity(self, slot: int) -> Activity:
         """When the slot's ports and flows, and the rest of the pod, had traffic last."""
@@ -366,7 +307,7 @@ class PodNetwork:
 
     def sockets_stay(self, slot: int) -> None:
         """The slot is in Park.ALL, and the kernel keeps its sockets: TCP packets without news pass (Park.WAKE)."""
-        self._maps["modes"].set(U32.pack(_slot(slot)), U32.pack(Park.WAKE))
+        self._maps["modes"].set(U32.pack(checked(slot)), U32.pack(Park.WAKE))
 
     # --- visitors, which may be kubelet's probes ---------------------------------------------------------------
 
@@ -379,7 +320,7 @@ class PodNetwork:
         may be its command's, and don't count as activity. Raises BpfError.
         """
         layout, parking, changed, commands = POD.unpack(self._get("pod", 0))
-        commands = commands | 1 << _slot(slot) if on else commands & ~(1 << _slot(slot))
+        commands = commands | 1 << checked(slot) if on else commands & ~(1 << checked(slot))
         self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed, commands))
 
     def commands(self, slot: int) -> list[Flow]:
@@ -539,30 +480,6 @@ class PodNetwork:
     ) -> None:
         self.close()
 
-    # --- maps --------------------------------------------------------------------------------------------------
-
-    def _get(self, name: str, index: int) -> bytes:
-        value = self._maps[name].get(U32.pack(index))
-        if value is None:
-            raise NetworkError(f"The hook has no slot {index} (0 to {SLOTS - 1})")
-        return value
-
-    def _reconcile(self, name: str, known: dict[bytes, bytes], wanted: dict[bytes, bytes], slot: int) -> None:
-        """Makes the slot's entries of a map those in `wanted`; `known` is what the map holds."""
-        table = self._maps[name]
-        for key, value in wanted.items():
-            if known.get(key) != value:
-                table.set(key, value)
-                known[key] = value
-        for key in [key for key, value in known.items() if key not in wanted and U32.unpack_from(value)[0] == slot]:
-            table.delete(key)
-            del known[key]
-
-
-def _closing(stack: contextlib.ExitStack, resource: _Resource) -> _Resource:
-    stack.callback(resource.close)
-    return resource
-
 
 def _program_id(path: Path) -> int:
     program = Pinned(path)
@@ -576,10 +493,10 @@ def _open_sockets(stack: contextlib.ExitStack, netns: Path) -> tuple[Netlink, Ne
     """The sockets that live in the pod's namespace: for links and filters, for its sockets, for sending again."""
 
     def make() -> tuple[Netlink, Netlink, socket.socket]:
-        route = _closing(stack, Netlink(netlink.NETLINK_ROUTE))
-        diag = _closing(stack, Netlink(netlink.NETLINK_SOCK_DIAG))
+        route = closing(stack, Netlink(netlink.NETLINK_ROUTE))
+        diag = closing(stack, Netlink(netlink.NETLINK_SOCK_DIAG))
         # Protocol 0: it receives nothing, and costs the pod's other packets nothing.
-        sender = _closing(stack, socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0))
+        sender = closing(stack, socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0))
         sender.setblocking(False)
         sender.bind(("lo", 0))
         return route, diag, sender
@@ -588,9 +505,3 @@ def _open_sockets(stack: contextlib.ExitStack, netns: Path) -> tuple[Netlink, Ne
         return in_network_namespace(netns, make)
     except OSError as error:
         raise NetworkError(f"Cannot enter the pod's network namespace {netns}: {error.strerror or error}") from error
-
-
-def _slot(slot: int) -> int:
-    if not 0 <= slot < SLOTS:
-        raise NetworkError(f"The hook has no slot {slot} (0 to {SLOTS - 1})")
-    return slot

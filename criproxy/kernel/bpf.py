@@ -137,21 +137,21 @@ class Pinned:
         return int(found[1])
 
 
-class CgroupLink(Pinned):
-    """A program that is attached to a cgroup by a pinned link: it stays so until cgroup or pin is removed."""
+class Link(Pinned):
+    """A program that is attached to something by a pinned link: it stays so until that something, or the pin, is
+    removed."""
 
     @classmethod
-    def attach(cls, program: Pinned, cgroup: Path, path: Path) -> Self:
-        """Attaches a program for `sock_ops` beside those of others, and pins the link at `path`. Raises BpfError."""
+    def _attach(cls, program: Pinned, what: str, where: Path, kind: int, path: Path) -> Self:
         lib = _libbpf()
         try:
-            target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            target = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise BpfError(f"Cannot open the cgroup {cgroup}: {error.strerror}") from error
+            raise BpfError(f"Cannot open {what} {where}: {error.strerror}") from error
         try:
-            link = lib.bpf_link_create(program.fileno(), target, _CGROUP_SOCK_OPS, None)
+            link = lib.bpf_link_create(program.fileno(), target, kind, None)
             if link < 0:
-                raise _error(f"Cannot attach to the cgroup {cgroup}", [])
+                raise _error(f"Cannot attach to {what} {where}", [])
         finally:
             os.close(target)
         try:
@@ -161,18 +161,39 @@ class CgroupLink(Pinned):
             os.close(link)
         return cls(path)
 
-    def cgroup(self) -> int:
-        """The inode of the cgroup's folder; 0: it was removed. Raises BpfError."""
+    def _target(self, field: str, what: str) -> int:
         text = Path(f"/proc/self/fdinfo/{self._fd}").read_text()
-        found = re.search(r"^cgroup_id:\s*(\d+)", text, re.MULTILINE)
+        found = re.search(rf"^{field}:\s*(\d+)", text, re.MULTILINE)
         if found is None:
-            raise BpfError(f"What is pinned as {self._name} is no link to a cgroup")
+            raise BpfError(f"What is pinned as {self._name} is no link to {what}")
         return int(found[1])
 
     def update(self, program: Pinned) -> None:
         """Puts another program into the first one's place, with no moment in between. Raises BpfError."""
         if _libbpf().bpf_link_update(self._fd, program.fileno(), None) < 0:
             raise _error(f"Cannot replace the program of {self._name}", [])
+
+
+class CgroupLink(Link):
+    @classmethod
+    def attach(cls, program: Pinned, cgroup: Path, path: Path) -> Self:
+        """Attaches a program for `sock_ops` beside those of others, and pins the link at `path`. Raises BpfError."""
+        return cls._attach(program, "the cgroup", cgroup, _CGROUP_SOCK_OPS, path)
+
+    def cgroup(self) -> int:
+        """The inode of the cgroup's folder; 0: it was removed. Raises BpfError."""
+        return self._target("cgroup_id", "a cgroup")
+
+
+class NetnsLink(Link):
+    @classmethod
+    def attach(cls, program: Pinned, netns: Path, path: Path) -> Self:
+        """Attaches a program for `sk_lookup` behind those of others, and pins the link at `path`. Raises BpfError."""
+        return cls._attach(program, "the network namespace", netns, _SK_LOOKUP, path)
+
+    def netns(self) -> int:
+        """The inode of the network namespace; 0: it is gone, or the program was detached. Raises BpfError."""
+        return self._target("netns_ino", "a network namespace")
 
 
 class Map(Pinned):
@@ -298,7 +319,8 @@ _messages: list[str] = []
 _loaded: Any = None
 
 _CGROUP_SOCK_OPS: Final = 3
-"""BPF_CGROUP_SOCK_OPS of enum bpf_attach_type, linux/bpf.h."""
+_SK_LOOKUP: Final = 36
+"""BPF_CGROUP_SOCK_OPS and BPF_SK_LOOKUP of enum bpf_attach_type, linux/bpf.h."""
 
 _P, _I, _S, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32
 _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {

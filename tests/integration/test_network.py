@@ -13,8 +13,9 @@ import pytest
 from topology import PEER4, POD4, POD6, Topology, make_socket, run, segment
 from traffic import ADDRESSES, HTTP, Hook, ask, connect, contextmanaged, plain, receive, send, serving
 
-from criproxy.hook.network import NetworkError, PodNetwork
+from criproxy.hook.network import PodNetwork
 from criproxy.hook.pod_maps import Park, Talk
+from criproxy.hook.slots import NetworkError
 from criproxy.kernel.sockets import Flow
 from criproxy.policy import Port
 
