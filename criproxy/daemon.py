@@ -22,7 +22,7 @@ from criproxy.cri.runtime import Runtime
 from criproxy.cri.seccomp import Profiles
 from criproxy.criu import bundle
 from criproxy.criu.checkpoint import Criu
-from criproxy.kernel import bpf
+from criproxy.kernel import bpf, page_cache
 from criproxy.kubelet.connections import Kubelet
 from criproxy.node import Node
 
@@ -52,6 +52,8 @@ async def serve(config: Config) -> None:
         log.info("stopping before the start was complete; containers stay as they are")
         return
     log.info("CRIU %s in %s", prepared.version, prepared.path)
+    # Before any container touches it, which would be charged for it; and no wake waits for the disk to read it.
+    page_cache.keep(path for path in prepared.path.iterdir() if path.is_file())
 
     async with contextlib.AsyncExitStack() as stack:
         runtime = await stack.enter_async_context(Runtime(str(config.runtime_endpoint)))

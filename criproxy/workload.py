@@ -19,7 +19,7 @@ from criproxy.criu.pages import Loader
 from criproxy.entanglement import entanglement, listens_in_volume
 from criproxy.freezer import Freezer
 from criproxy.hook.pod_maps import Stream
-from criproxy.kernel import processes
+from criproxy.kernel import page_cache, processes
 from criproxy.kernel.cgroup import Cgroup
 from criproxy.kernel.sockets import Flow, UnixSocket
 from criproxy.policy import Clock, Connections, Lazy
@@ -208,12 +208,17 @@ class Workload(Processes):
             )
         self._forget_loader()
         anonymous = self._cgroup.anonymous()
-        await self._criu.dump(self.init_pid, self._images, unless, close=self._close, stop_clock=self._stop_clock)
-        # The processes are in the images now: a disk that is full must not make it look as if that had failed.
-        with contextlib.suppress(OSError):
-            (self._images / _ANONYMOUS).write_text(str(anonymous))
-        if not unless.is_set():
-            self._cgroup.reclaim()
+        with contextlib.ExitStack() as stack:
+            files = page_cache.mapped(self.init_pid, self._own(), stack)
+            await self._criu.dump(self.init_pid, self._images, unless, close=self._close, stop_clock=self._stop_clock)
+            # The processes are in the images now: a disk that is full must not make it look as if that had failed.
+            with contextlib.suppress(OSError):
+                (self._images / _ANONYMOUS).write_text(str(anonymous))
+            if not unless.is_set():
+                self._cgroup.reclaim()
+                # The files are the thread's to close, as it goes on if we are cancelled.
+                cooling = asyncio.to_thread(page_cache.cool, files, unless.is_set, stack.pop_all())
+                await asyncio.shield(cooling)
         return sum(f.stat().st_size for f in self._images.iterdir())
 
     async def snapshot(self, folder: Path, unless: asyncio.Event) -> None:
