@@ -17,6 +17,7 @@ from box import Box, until
 from criproxy.criu import store
 from criproxy.criu.checkpoint import Criu
 from criproxy.criu.errors import CheckpointError
+from criproxy.kernel.processes import Process
 from lab.volumes import mounted, project
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
@@ -41,11 +42,18 @@ async def sleeping(
     await criu.restore(container.pid, images)
     assert await criu.verify(container.pid, images) == []
     if discard:
-        store.discard(images)
+        discarded(images)
 
 
-def keeper(images: Path) -> int:
-    return int(json.loads((images / "kept.json").read_text())["pid"])
+def keeper(images: Path) -> Process:
+    return Process.of(json.loads((images / "kept.json").read_text())["pid"])
+
+
+def discarded(images: Path) -> None:
+    """Deletes the checkpoint, and waits for the keeper's end: it is the end of what nobody else has, too."""
+    kept = keeper(images)
+    store.discard(images)
+    until(lambda: not kept.alive())
 
 
 LOG = program("log = open('/data/log', 'a+')\nlog.write('one ')\nlog.flush()", "log.seek(0) or log.read()")
@@ -173,7 +181,7 @@ async def test_a_watched_file_that_is_deleted_meanwhile(box: Callable[..., Box],
     ask(container, "")
     await sleeping(container, criu, images, lambda: (container.data / "file").unlink(), discard=False)
     ask(container, "")
-    store.discard(images)
+    discarded(images)
     ask(container, "file deleted file ignored")
     await sleeping(container, criu, images, lambda: None)
     written(container.data / "other", "text")
@@ -187,22 +195,21 @@ async def test_the_keeper_ends_with_the_checkpoint_and_with_the_container(
     container = box(*LOG)
     container.hear("ready\n")
     await criu.dump(container.pid, images)
-    first = keeper(images)
     await criu.restore(container.pid, images)
-    store.discard(images)
-    until(lambda: not Path(f"/proc/{first}").exists())
+    discarded(images)
     await criu.dump(container.pid, images)
-    second = keeper(images)
+    kept = keeper(images)
     os.kill(container.pid, signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{second}").exists())
+    until(lambda: not kept.alive())
 
 
 async def test_without_the_keeper_a_file_may_still_grow(box: Callable[..., Box], criu: Criu, images: Path) -> None:
     container = box(*LOG)
     container.hear("ready\n")
     await criu.dump(container.pid, images)
-    os.kill(keeper(images), signal.SIGKILL)
+    kept = keeper(images)
+    os.kill(kept.pid, signal.SIGKILL)
     written(container.data / "log", "two ")
-    until(lambda: not Path(f"/proc/{keeper(images)}").exists())
+    until(lambda: not kept.alive())
     await criu.restore(container.pid, images)
     ask(container, "one two ")
