@@ -1,9 +1,10 @@
 """The state machine of one container: when it is scaled down, and how it comes back.
 
-It alone owns the state. Everybody else sends it events (`wake`, `packet`, `exited`) or asks for it to stay
-awake (`awake`). What it does to the world goes through two collaborators, so that it can be tested without
-root: the `Workload` (its processes) and the `Gate` (the container's share of its pod's network). How it is scaled
-down is the matter of a `scaledown.Method`: there may be several, of which the first that isn't refused does it.
+It alone owns the state. Everybody else sends it events (`packet`, `hooked`, `exited`) or asks for it to stay awake
+(`awake`). What it does to the world goes through two collaborators, so that it can be tested without root: the
+`Workload` (its processes) and the `Gate` (the container's share of its pod's network). Whether it is idle is told by
+`idleness.py`. How it is scaled down is the matter of a `scaledown.Method`: there may be several, of which the first
+that isn't refused does it.
 
     starting -> running -> parking -> checkpointing -> scaled_down -> restoring -> running
                    ^          |             |                             |
@@ -19,13 +20,15 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from criproxy import idleness
 from criproxy.criu.errors import CheckpointError
+from criproxy.errands import Errand, Errands
+from criproxy.idleness import Idleness
 from criproxy.policy import Tier
+from criproxy.record import AWAKE, Record, State
 from criproxy.scaledown import Attempts, Lost, Method, Refused, Wanted
 
 log = logging.getLogger(__name__)
@@ -40,64 +43,7 @@ BUSY_POLL_SECONDS = (0.05, 1.0)
 """How soon a container that was idle but busy in another way is looked at again: its duration, within these."""
 
 
-class State(StrEnum):
-    STARTING = "starting"
-    RUNNING = "running"
-    PARKING = "parking"
-    CHECKPOINTING = "checkpointing"
-    SCALED_DOWN = "scaled_down"
-    RESTORING = "restoring"
-    DISABLED = "disabled"
-    EXITED = "exited"
-
-
-AWAKE = (State.STARTING, State.RUNNING, State.DISABLED, State.EXITED)
-"""The states in which nothing of ours is in the way of whoever wants the container."""
-
-
-@dataclass
-class Record:
-    """What is known of a container and kept on disk, so that a restarted daemon carries on from it.
-
-    Times are seconds: `since` and `last_activity` since the epoch, the others durations.
-    """
-
-    id: str
-    sandbox_id: str
-    namespace: str
-    pod: str
-    name: str
-    state: State = State.STARTING
-    since: float = field(default_factory=time.time)
-    reason: str = ""
-    """Why it isn't scaled down, when something other than activity is in the way; or why it isn't in a better way."""
-    tier: str = ""
-    """A policy.Tier: how it is, or was last, scaled down; before that, how it would be. Empty if it can't be."""
-    pid: int = 0
-    """Of the container's init, on the host."""
-    start_time: int = 0
-    """Of that process (/proc/PID/stat, field 22), so that a recycled pid isn't taken for it."""
-    untouched: str = ""
-    """Why it can only be frozen, if that isn't what its pod asks for."""
-    bundle: str = ""
-    """The bundle's folder that is mounted into it; empty if it runs untouched."""
-    slot: int | None = None
-    """Which slot of its pod's network hook is this container's."""
-    stop_signal: str = "SIGTERM"
-    checkpoints: int = 0
-    restores: int = 0
-    last_checkpoint_seconds: float | None = None
-    last_restore_seconds: float | None = None
-    checkpoint_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __post_init__(self) -> None:
-        self.state = State(self.state)
-
-
-class Workload(Protocol):
+class Workload(idleness.Workload, Protocol):
     """The container's processes, whichever way they are scaled down."""
 
     async def find(self) -> None:
@@ -105,14 +51,6 @@ class Workload(Protocol):
 
     def ended(self) -> bool:
         """Whether the container is gone, as far as its first process tells."""
-
-    def visitors(self) -> str | None:
-        """Processes in the container that aren't the application's (`kubectl exec`), in words, or None."""
-
-    def working(self) -> str | None:
-        """A thread of it that runs, or waits for a disk, at this moment, in words, or None."""
-
-    def cpu_usage(self) -> float: ...
 
     def memory(self) -> int: ...
 
@@ -124,23 +62,12 @@ class Workload(Protocol):
         also if `unless` was set in time."""
 
 
-class Gate(Protocol):
-    """The container's share of its pod's network."""
-
-    def last_activity(self) -> float:
-        """Monotonic seconds (CLOCK_MONOTONIC) of the last packet that counts, 0.0 if there was none."""
-
+class Gate(idleness.Gate, Protocol):
     def park_new(self) -> None:
         """From now on new connections are parked; what is established goes on."""
 
     def park_all(self) -> None:
         """From now on every packet for the container is parked."""
-
-    def unsettled(self) -> str | None:
-        """A handshake, an unaccepted connection or unacknowledged data, in words, or None."""
-
-    def silent(self) -> str | None:
-        """Why no packet could wake the container: it doesn't listen (yet), or None."""
 
     def wanted(self) -> bool:
         """Whether a parked packet asks for the container."""
@@ -149,29 +76,9 @@ class Gate(Protocol):
         """Delivers what is parked, in order, and lets everything pass."""
 
 
-class Probes(Protocol):
-    """What kubelet's probes of the container have shown."""
-
-    def failing(self) -> str | None:
-        """A probe whose last result is a failure, in words, or None."""
-
+class Probes(idleness.Probes, Protocol):
     def save(self) -> None:
         """They are needed while the container sleeps, by the next daemon too."""
-
-
-class _Errand:
-    """A checkpoint of the container for somebody else."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.unless = asyncio.Event()
-        """It is no longer wanted."""
-        self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Why it was refused, empty if it wasn't."""
-
-    def end(self, refusal: str = "") -> None:
-        if not self.done.done():
-            self.done.set_result(refusal)
 
 
 async def _nothing() -> None: ...
@@ -205,28 +112,17 @@ class Container:
         self._attempts = [Attempts(method) for method in methods]
         if not record.tier:
             record.tier = self._attempts[0].method.tier.value
-        self._cpu_activity = cpu_activity
         self._check = check
         self._give_up = give_up
-        self._unhooked: str | None = None
         self._is_up = False
         """While it is brought back: its processes run, but may not listen yet."""
         self._save = save
         self._changed = asyncio.Condition()
         self._wanted = asyncio.Event()
-        self._errands: list[_Errand] = []
-        self._asked = asyncio.Event()
-        """There are errands."""
-        self._holders: list[str] = []
+        self._idleness = Idleness(workload, gate, probes, cpu_activity)
+        self._errands = Errands()
         self._stops = 0
-        """How many of them hold it only to stop it."""
-        self._active = time.monotonic()
-        self._cpu_sample = (self._active, 0.0)
-        self._probing = 0
-        self._probe_began_at = 0.0
-        self._spent_on_probes = 0.0
-        """Processor seconds, as the one above."""
-        self._probe_ended = asyncio.Event()
+        """How many hold it awake only to stop it."""
         self._task: asyncio.Task[None] | None = None
 
     # --- events --------------------------------------------------------------------------------------------
@@ -242,9 +138,9 @@ class Container:
     def hooked(self, problem: str | None, *, missed: bool = False) -> None:
         """What a look at the pod's network hook has shown: why packets may pass it, or None. What sleeps then is woken,
         for nothing else would. `missed`: some may have passed before, and may have been for this container."""
-        self._unhooked = problem
+        self._idleness.unhooked = problem
         if missed:
-            self._active = time.monotonic()
+            self._idleness.used()
         if problem is not None:
             self._wanted.set()
 
@@ -265,15 +161,14 @@ class Container:
     @contextlib.asynccontextmanager
     async def awake(self, why: str) -> AsyncIterator[None]:
         """The container runs, and stays up until the context is left. `why` is shown as the reason."""
-        self._holders.append(why)
-        self._wanted.set()
-        try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self.record.state in AWAKE or self._is_up)
-            yield
-        finally:
-            self._holders.remove(why)
-            self._active = time.monotonic()
+        with self._idleness.held(why):
+            self._wanted.set()
+            try:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self.record.state in AWAKE or self._is_up)
+                yield
+            finally:
+                self._idleness.used()
 
     def up(self) -> bool:
         """Whether nothing of ours is in the way of whoever wants the container."""
@@ -283,26 +178,16 @@ class Container:
     def probed(self, why: str) -> Iterator[None]:
         """A command of kubelet's probe runs in the container, which must be awake, and stays so meanwhile. That isn't
         activity, or a probe that comes often enough would keep the container up for ever."""
-        self._holders.append(why)
-        self.probing(True)
-        try:
-            yield
-        finally:
-            self._holders.remove(why)
-            self.probing(False)
+        with self._idleness.held(why):
+            self.probing(True)
+            try:
+                yield
+            finally:
+                self.probing(False)
 
     def probing(self, on: bool) -> None:
-        """A probe is at work in the container, or no longer: what it costs the processor isn't activity."""
-        usage = self._workload.cpu_usage()
-        if on:
-            if not self._probing:
-                self._probe_began_at = usage
-            self._probing += 1
-            return
-        self._probing -= 1
-        if not self._probing:
-            self._spent_on_probes += usage - self._probe_began_at
-            self._probe_ended.set()
+        """A probe is at work in the container, or no longer, as its network shows."""
+        self._idleness.probing(on)
 
     @contextlib.asynccontextmanager
     async def stopping(self, why: str) -> AsyncIterator[None]:
@@ -318,15 +203,12 @@ class Container:
     async def ending(self, why: str) -> AsyncIterator[None]:
         """The container is about to be killed. A frozen one is thawed for it, as with cgroup v1 it couldn't die, and
         none is frozen meanwhile; one whose processes are in a checkpoint needn't come back for that."""
-        self._holders.append(why)
-        try:
+        with self._idleness.held(why):
             if self._method.tier is Tier.FREEZE and self.record.state not in AWAKE:
                 self._wanted.set()
                 async with self._changed:
                     await self._changed.wait_for(lambda: self.record.state in AWAKE)
             yield
-        finally:
-            self._holders.remove(why)
 
     async def snapshot(self, folder: Path) -> None:
         """Puts a checkpoint of the application into the new folder. One that sleeps goes on sleeping, one that runs
@@ -334,26 +216,13 @@ class Container:
         caller's."""
         if self._task is None or self._task.done():
             raise Refused(self.record.reason or "it has ended")
-        errand = _Errand(folder)
-        self._errands.append(errand)
-        self._asked.set()
-        try:
-            refusal = await asyncio.shield(errand.done)
-        except asyncio.CancelledError:
-            errand.unless.set()
-            if errand in self._errands:
-                self._errands.remove(errand)
-            else:
-                await asyncio.wait([errand.done])
-            raise
-        if refusal:
-            raise Refused(refusal)
+        await self._errands.ask(folder)
 
     # --- what others may know ------------------------------------------------------------------------------
 
     def last_activity(self) -> float:
         """Monotonic seconds."""
-        return max(self._active, self._gate.last_activity())
+        return self._idleness.last_activity()
 
     def memory(self) -> int:
         return self._workload.memory()
@@ -365,8 +234,8 @@ class Container:
         if self.record.state is State.RUNNING:
             if self._duration == 0:
                 return "scaledown-duration is 0: never"
-            if self._holders:
-                return f"{self._holders[0]} is under way"
+            if (holder := self._idleness.holder()) is not None:
+                return holder
             if not self.record.reason:
                 idle = time.monotonic() - self.last_activity()
                 return f"last activity {idle:.1f} s ago, scales down after {self._duration:g} s"
@@ -393,7 +262,7 @@ class Container:
                 if self.record.state is State.RUNNING:
                     idle_since = await self._until_idle()
                     if idle_since is None:
-                        await self._snapshot(self._errands.pop(0))
+                        await self._snapshot(self._errands.waiting.pop(0))
                         continue
                     if not await self._park(idle_since):
                         continue
@@ -411,8 +280,7 @@ class Container:
             log.exception("%s: internal error, it is no longer scaled down", self)
             await self._leave_alone()
         finally:
-            for errand in self._errands:
-                errand.end("it has ended, or is no longer criproxy's")
+            self._errands.refuse("it has ended, or is no longer criproxy's")
 
     async def _leave_alone(self) -> None:
         """Each step does what it can, whatever becomes of the others: nobody may wait for this container for ever."""
@@ -449,41 +317,40 @@ class Container:
     async def _until_idle(self) -> float | None:
         """Running. Returns when the container has been idle for its duration and nothing else is in the way: since when
         (monotonic seconds). Or None, when there is an errand."""
-        self._cpu_sample = (time.monotonic(), self._own_work())
-        while not self._errands:
-            self._asked.clear()
+        self._idleness.measure()
+        while not self._errands.waiting:
+            self._errands.asked.clear()
             if self._duration == 0:
-                await self._asked.wait()
+                await self._errands.asked.wait()
                 continue
             now = time.monotonic()
             idle_since = self.last_activity()
             due = max(idle_since + self._duration, min(a.retry_at for a in self._attempts))
             if due > now:
-                self._cpu_sample = (now, self._own_work())
+                self._idleness.measure()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(due - now):
-                        await self._asked.wait()
+                        await self._errands.asked.wait()
                 continue
-            busy = self._busy()
-            if busy is None:
+            obstacle = self._idleness.obstacle()
+            if obstacle is None:
                 await self._check()
-                # Last, for it is a moment's matter: what a client waits for may show nowhere else, not even in the
-                # network (a server that speaks first, a file that is being written).
-                busy = self._unhooked or self._workload.working()
-            if busy is None:
+                # Last, for it is a moment's matter.
+                obstacle = self._idleness.obstacle_now()
+            if obstacle is None:
                 self.record.reason = ""
                 # Whoever wanted it until now has had it.
                 self._wanted.clear()
                 return idle_since
-            self.record.reason = busy
+            self.record.reason = obstacle
             # Between two probes there may be little time, which must not be missed each time.
-            self._probe_ended.clear()
+            self._idleness.probe_ended.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1])):
-                    await self._probe_ended.wait()
+                    await self._idleness.probe_ended.wait()
         return None
 
-    async def _snapshot(self, errand: _Errand) -> None:
+    async def _snapshot(self, errand: Errand) -> None:
         """Running. Packets are parked meanwhile: CRIU wants sockets in which nothing changes."""
         refusal, reason = "it has ended, or is no longer criproxy's", self.record.reason
         try:
@@ -498,28 +365,6 @@ class Container:
             self._gate.open()
             await self._enter(State.RUNNING, reason)
             errand.end(refusal)
-
-    def _busy(self) -> str | None:
-        """What other than traffic is in the way of a scale-down, or None."""
-        if self._holders:
-            return f"{self._holders[0]} is under way"
-        if self._unhooked is not None:
-            return self._unhooked
-        now = time.monotonic()
-        began, used = self._cpu_sample
-        usage = self._own_work()
-        share = (usage - used) / (now - began) if now > began else 0.0
-        if share > self._cpu_activity:
-            self._active = now
-            return f"uses {share:.0%} of a core (more than {self._cpu_activity:.0%} counts as activity)"
-        # What is unsettled may stay so (an accept queue that nobody empties, a client that is gone): it is looked at
-        # before the gate is shut for new connections, not by shutting it again and again.
-        return self._workload.visitors() or self._gate.silent() or self._probes.failing() or self._gate.unsettled()
-
-    def _own_work(self) -> float:
-        """Processor seconds that the container has used, without those of kubelet's probes."""
-        usage = self._probe_began_at if self._probing else self._workload.cpu_usage()
-        return usage - self._spent_on_probes
 
     async def _park(self, idle_since: float) -> bool:
         """Closes the gate in two steps, so that no connection falls between kernel and checkpoint.
@@ -548,7 +393,7 @@ class Container:
             if attempt.retry_at > time.monotonic():
                 reasons.append(attempt.refusal)
                 continue
-            if self._holders or self._wanted.is_set():
+            if self._idleness.holder() or self._wanted.is_set():
                 break  # somebody came meanwhile; one who waits for a failed checkpoint doesn't wait for a freeze too
             if await self._down(attempt, reasons):
                 return True
@@ -569,14 +414,13 @@ class Container:
             log.info(
                 "%s: wanted while it was scaled down, given up after %.0f ms", self, (time.monotonic() - began) * 1e3
             )
-            self._active = time.monotonic()
+            self._idleness.used()
             return False
         except Refused as error:
             if self._workload.ended():
                 raise
-            pause = attempt.failed(str(error), max(BACKOFF_SECONDS[0], self._duration), BACKOFF_SECONDS[1])
-            log.warning("%s: %s failed, next try in %.0f s: %s", self, tier, pause, error)
-            attempt.refusal = f"{tier} failed, next try in {pause:.0f} s: {error}"
+            attempt.failed(str(error), max(BACKOFF_SECONDS[0], self._duration), BACKOFF_SECONDS[1])
+            log.warning("%s: %s", self, attempt.refusal)
             reasons.append(attempt.refusal)
             return False
         attempt.worked()
@@ -590,25 +434,25 @@ class Container:
         return True
 
     async def _until_wanted(self) -> None:
-        if not (self._holders or self._gate.wanted() or self._unhooked is not None or self._give_up):
+        if not (self._idleness.holder() or self._gate.wanted() or self._idleness.unhooked is not None or self._give_up):
             self._wanted.clear()
             # Not looked at the gate again: where the parking was full, the packet that wants the container isn't in it.
             while not self._wanted.is_set():
-                await _first(self._wanted, self._asked)
+                await _first(self._wanted, self._errands.asked)
                 if not self._hand_out():
                     return
 
     def _hand_out(self) -> bool:
         """Scaled down. Whether the errands, if there are any, are done without waking it."""
-        self._asked.clear()
-        while self._errands:
+        self._errands.asked.clear()
+        while self._errands.waiting:
             try:
-                if not self._method.hand_out(self._errands[0].folder):
+                if not self._method.hand_out(self._errands.waiting[0].folder):
                     return False
                 refusal = ""
             except Refused as error:
                 refusal = str(error)
-            self._errands.pop(0).end(refusal)
+            self._errands.waiting.pop(0).end(refusal)
         return True
 
     async def _bring_back(self) -> None:
@@ -631,9 +475,9 @@ class Container:
         finally:
             self._is_up = False
         self._gate.open()
-        self._active = time.monotonic()
+        self._idleness.used()
         self.record.restores += 1
-        self.record.last_restore_seconds = self._active - began
+        self.record.last_restore_seconds = time.monotonic() - began
         self.record.checkpoint_bytes = 0
         await self._enter(State.RUNNING, reason)
         log.info("%s: running again after %.1f ms", self, self.record.last_restore_seconds * 1e3)

@@ -12,9 +12,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import aio
 
 from criproxy.api import control_pb2 as api
-from criproxy.container import State
 from criproxy.cri.listen import listen
 from criproxy.node import Node
+from criproxy.record import State
 from criproxy.sandbox import Member
 
 _SERVICE = "criproxy.control.v1.Control"

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 from criproxy import policy
 from criproxy.config import Config
-from criproxy.container import Record, State
 from criproxy.cri.runtime import CriError, Runtime
 from criproxy.criu import init, store
 from criproxy.criu.checkpoint import Criu
@@ -25,6 +24,7 @@ from criproxy.kernel.bpf import BpfError
 from criproxy.kernel.cgroup import Cgroup
 from criproxy.kubelet import connections as kubelet
 from criproxy.policy import Tier
+from criproxy.record import Record, State
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 log = logging.getLogger(__name__)

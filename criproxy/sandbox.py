@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from criproxy.config import Config
-from criproxy.container import Container, Record, State
+from criproxy.container import Container
 from criproxy.criu.checkpoint import Criu
 from criproxy.hook.gate import Gate, NoGate
 from criproxy.hook.network import NetworkError, PodNetwork
@@ -24,6 +24,7 @@ from criproxy.kernel.sockets import UnixSocket
 from criproxy.kubelet.answering import Answering
 from criproxy.kubelet.probes import Probes
 from criproxy.policy import Answers, Connections, Policy, Port, Tier
+from criproxy.record import Record, State
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
 from criproxy.workload import Processes, Workload
 

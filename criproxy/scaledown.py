@@ -378,18 +378,17 @@ class Attempts:
     def __init__(self, method: Method) -> None:
         self.method = method
         self.refusal = ""
-        """Why it was refused when it was tried last; empty when it worked."""
+        """What people are told of the last try; empty when it worked."""
         self.retry_at = 0.0
         """time.monotonic() from which it may be tried again."""
         self._failures = 0
 
-    def failed(self, reason: str, first: float, longest: float) -> float:
-        """Returns for how many seconds it is left alone: `first`, and twice as long at each further refusal."""
+    def failed(self, reason: str, first: float, longest: float) -> None:
+        """It is left alone for `first` seconds, and for twice as long at each further refusal."""
         pause = min(first * 2.0**self._failures, longest)
         self._failures += 1
-        self.refusal = reason
+        self.refusal = f"{self.method.tier} failed, next try in {pause:.0f} s: {reason}"
         self.retry_at = time.monotonic() + pause
-        return pause
 
     def worked(self) -> None:
         self.refusal, self.retry_at, self._failures = "", 0.0, 0

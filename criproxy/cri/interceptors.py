@@ -18,7 +18,6 @@ import grpc
 from criproxy import policy
 from criproxy.api import cri_pb2 as cri
 from criproxy.config import Config
-from criproxy.container import Record, State
 from criproxy.cri import executable, forensic, rewrite
 from criproxy.cri.calls import Call, Interceptor, UpstreamError, methods
 from criproxy.cri.containerd import Configuration
@@ -28,6 +27,7 @@ from criproxy.cri.streaming import Streaming
 from criproxy.criu.bundle import Bundle
 from criproxy.kubelet.connections import Kubelet
 from criproxy.node import Node
+from criproxy.record import Record, State
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 from criproxy.scaledown import Refused
 

@@ -13,13 +13,14 @@ import pytest
 
 from criproxy import container as container_module
 from criproxy import scaledown
-from criproxy.container import Container, Record, State
+from criproxy.container import Container
 from criproxy.criu.errors import CheckpointError, GivenUp, OutOfMemory, RestoreError
 from criproxy.criu.saved import AttributesChanged
 from criproxy.freezer import FreezeError
 from criproxy.hook.pod_maps import Stream
 from criproxy.kernel.sockets import Flow
 from criproxy.policy import Tier
+from criproxy.record import Record, State
 from criproxy.scaledown import Checkpoint, Freeze, Refused, Restart
 
 DURATION = 0.05

@@ -9,9 +9,9 @@ import pytest
 
 from criproxy import freezer as freezer_module
 from criproxy import node
-from criproxy.container import Record, State
 from criproxy.freezer import FreezeError, Freezer
 from criproxy.kernel.cgroup import UNIFIED, Cgroup
+from criproxy.record import Record, State
 
 
 def group(root: Path, *controllers: str) -> Cgroup:

@@ -15,12 +15,12 @@ import pytest
 
 from criproxy import policy
 from criproxy.api import cri_pb2 as cri
-from criproxy.container import Record, State
 from criproxy.cri import interceptors as interceptors_module
 from criproxy.cri import rewrite
 from criproxy.cri.calls import Abort, Answer, Call, methods
 from criproxy.cri.interceptors import Interceptors
 from criproxy.cri.runtime import CriError, ImageConfig
+from criproxy.record import Record, State
 
 
 class Sleeper:

@@ -15,7 +15,6 @@ import pytest
 from criproxy import node as node_module
 from criproxy import sandbox as sandbox_module
 from criproxy.config import Config
-from criproxy.container import Record, State
 from criproxy.cri.runtime import Runtime, Unreachable
 from criproxy.criu import init
 from criproxy.criu.checkpoint import Criu
@@ -23,6 +22,7 @@ from criproxy.hook.network import NetworkError, Park
 from criproxy.kernel import processes
 from criproxy.kernel.cgroup import Cgroup
 from criproxy.node import Node
+from criproxy.record import Record, State
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 GONE = 2**22 + 1

@@ -13,8 +13,8 @@ import pytest
 from criproxy import policy
 from criproxy import sandbox as sandbox_module
 from criproxy.config import Config
-from criproxy.container import Record, State
 from criproxy.criu.checkpoint import Criu
+from criproxy.record import Record, State
 from criproxy.sandbox import Member, Sandbox, SandboxRecord
 
 
