@@ -10,9 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from specimen import AWAKE, QUICK, Specimen, container_pids, eventually, seen, status, wait_for
+from charges import charged, forget
+from specimen import (
+    AWAKE,
+    QUICK,
+    Specimen,
+    application_pid,
+    container_pids,
+    eventually,
+    init_pid,
+    seen,
+    status,
+    wait_for,
+)
 
 from criproxy.api import cri_pb2 as cri
+from lab.client import Service, redis
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet, Pod
 
@@ -91,6 +104,38 @@ def test_statistics_are_true_in_every_state(
                 else:
                     assert max(bytes_, *(one.memory.working_set_bytes.value for one in told)) < 8 * MIB, cycle
         assert seen(daemon, specimen.id).restores == 2
+
+
+def test_what_a_container_sleeps_with_is_little_and_its_own(kubelet: Kubelet, daemon: Daemon) -> None:
+    """Whoever touches a file's page first is charged for it: CRIU, which wakes it, is the daemon's. Its own program
+    stays in memory, but as what the kernel takes first, which nobody counts as used."""
+    with kubelet.run_pod(annotations=QUICK) as pod:
+        container = pod.run("redis")
+        service = Service(pod.ip, 6379, redis("PING", wanted="PONG"))
+        with container.attach():  # it stays awake meanwhile
+            service.wait()
+            root, files = Path(f"/proc/{init_pid(container)}/root"), programs(application_pid(container))
+        for cycle in range(4):
+            wait_for(daemon, container.id, "scaled_down")
+            if cycle == 0:
+                # Now nobody has them mapped. As after a boot, whoever is woken first finds nothing in memory.
+                bundle = [path for path in (daemon.state_dir / "bundles").rglob("*") if path.is_file()]
+                for path in [*bundle, *(root / file for file in files)]:
+                    forget(path)
+            service.first_byte()
+        wait_for(daemon, container.id, "scaled_down")
+        number = next(folder for folder in container.cgroups() if (folder / "memory.stat").exists()).stat().st_ino
+        assert sum(charged(path)[number] for path in bundle) == 0
+        assert sum(sum(charged(path).values()) for path in bundle) > 5 * MIB
+        own = sum(charged(root / file)[number] for file in files)
+        assert own > 4 * MIB
+        assert container.memory() < own / 2
+
+
+def programs(pid: int) -> set[str]:
+    """What a process has mapped of files, by the paths in its container, without the slash."""
+    lines = (line.split(maxsplit=5) for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return {words[5].lstrip("/") for words in lines if len(words) == 6 and words[5].startswith("/")}
 
 
 def test_status_is_that_of_a_running_container_in_every_state(pod: Pod, program: Path, daemon: Daemon) -> None:
