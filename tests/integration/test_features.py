@@ -61,7 +61,7 @@ def _hear(container: Box, word: str) -> None:
         heard += container.said()
         return heard.endswith("\n") or not container.running()
 
-    until(spoken, 10, lambda: f"it didn't say {word}, but {heard!r} {container.said(container.stderr)!r}")
+    until(spoken, complaint=lambda: f"it didn't say {word}, but {heard!r} {container.said(container.stderr)!r}")
     heard += container.said()
     if heard.startswith("skip: "):
         pytest.skip(f"this machine doesn't have it: {heard.removeprefix('skip: ').strip()}")

@@ -30,7 +30,7 @@ static void check(int cycle)
 	(void)cycle;
 	CHECK(sendto(sender, "text", 4, 0, (struct sockaddr *)&address, sizeof address) == 4);
 	close(sender);
-	CHECK(recv(fd, got, sizeof got, 0) == 32);
+	CHECK(arrived(fd) && recv(fd, got, sizeof got, 0) == 32);
 	while (recv(fd, got, sizeof got, 0) > 0)
 		;
 }

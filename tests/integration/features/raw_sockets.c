@@ -17,8 +17,7 @@ static void check(int cycle)
 
 	(void)cycle;
 	CHECK(sendto(fd, packet, 8, 0, (struct sockaddr *)&address, sizeof address) == 8);
-	usleep(10000);
-	CHECK(recv(fd, got, sizeof got, 0) == 28);
+	CHECK(arrived(fd) && recv(fd, got, sizeof got, 0) == 28);
 	while (recv(fd, got, sizeof got, 0) > 0)
 		;
 }

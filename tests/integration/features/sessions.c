@@ -5,18 +5,27 @@ static pid_t leader, member, stopped, zombie;
 
 static pid_t sleeper(pid_t group, int session)
 {
-	pid_t pid = fork();
+	int done[2];
+	char byte;
+	pid_t pid;
 
+	CHECK(pipe(done) == 0);
+	pid = fork();
 	CHECK(pid >= 0);
 	if (pid == 0) {
 		if (session)
 			setsid();
 		else
 			setpgid(0, group);
+		close(done[0]);
+		close(done[1]);
 		for (;;)
 			pause();
 	}
-	usleep(20000);
+	/* Its end of the pipe is closed. */
+	close(done[1]);
+	CHECK(read(done[0], &byte, 1) == 0);
+	close(done[0]);
 	return pid;
 }
 

@@ -2,6 +2,7 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 
 static inline struct sockaddr_in loopback(int port)
 {
@@ -25,6 +26,35 @@ static inline int connected(int port)
 
 	CHECK(connect(fd, (struct sockaddr *)&address, sizeof address) == 0);
 	return fd;
+}
+
+/* Waits until there is something to read. */
+static inline int arrived(int fd)
+{
+	struct pollfd one = { .fd = fd, .events = POLLIN };
+
+	return poll(&one, 1, -1) == 1;
+}
+
+/* Waits until all that was sent is acknowledged, and no connection is on its way from one state to another. */
+static inline void settle(void)
+{
+	const unsigned passing = 1 << TCP_SYN_SENT | 1 << TCP_SYN_RECV | 1 << TCP_FIN_WAIT1 | 1 << TCP_LAST_ACK | 1 << TCP_CLOSING;
+	int unsettled;
+
+	do {
+		FILE *table = fopen("/proc/net/tcp", "r");
+		unsigned state, unacknowledged;
+		char line[256];
+
+		CHECK(table != NULL);
+		for (unsettled = 0; fgets(line, sizeof line, table);)
+			if (sscanf(line, " %*d: %*x:%*x %*x:%*x %x %x:", &state, &unacknowledged) == 2)
+				unsettled |= unacknowledged || passing >> state & 1;
+		fclose(table);
+		if (unsettled)
+			usleep(1000);
+	} while (unsettled);
 }
 
 static inline int option(int fd, int level, int name)

@@ -18,12 +18,12 @@ static void prepare(void)
 	client = connected(5000);
 	server = accept(listening, NULL, NULL);
 	close(server);
-	usleep(50000);
+	CHECK(arrived(client));
 	close(client);
 	unbound = socket(AF_INET, SOCK_STREAM, 0);
 	bound = socket(AF_INET, SOCK_STREAM, 0);
 	CHECK(bind(bound, (struct sockaddr *)&address, sizeof address) == 0);
-	usleep(50000);
+	settle();
 }
 
 static void check(int cycle)

@@ -16,7 +16,7 @@ static void prepare(void)
 	closed_client = connected(5000);
 	closed_server = accept(listening, NULL, NULL);
 	CHECK(put(closed_client, "last words") && shutdown(closed_client, SHUT_WR) == 0);
-	usleep(100000);
+	settle();
 }
 
 static void check(int cycle)
@@ -30,5 +30,5 @@ static void check(int cycle)
 		CHECK(gives(closed_server, "last words") && read(closed_server, &byte, 1) == 0);
 		CHECK(shutdown(closed_server, SHUT_WR) == 0 && read(closed_client, &byte, 1) == 0);
 	}
-	usleep(100000);
+	settle();
 }

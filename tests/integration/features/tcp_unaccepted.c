@@ -7,7 +7,7 @@ static void prepare(void)
 {
 	listener(5000);
 	connected(5000);
-	usleep(100000);
+	settle();
 }
 
 static void check(int cycle)

@@ -16,9 +16,8 @@ static void count(int signum)
 
 static void until(volatile int *ticks)
 {
-	for (int i = 0; i < 500 && !*ticks; i++)
+	while (!*ticks)
 		usleep(10000);
-	CHECK(*ticks > 0);
 }
 
 static void prepare(void)

@@ -19,6 +19,6 @@ static void prepare(void)
 static void check(int cycle)
 {
 	(void)cycle;
-	CHECK(put(client, "datagram") && gives(bound, "datagram"));
+	CHECK(put(client, "datagram") && arrived(bound) && gives(bound, "datagram"));
 	CHECK(option(bound, SOL_SOCKET, SO_BROADCAST) == 1);
 }
