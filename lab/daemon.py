@@ -116,7 +116,7 @@ class Daemon:
                 return status
         raise LabError(f"criproxy knows no container {container_id}")
 
-    def wait_for(self, container_id: str, state: str, *, timeout: float = 30.0) -> dict[str, Any]:
+    def wait_for(self, container_id: str, state: str, *, timeout: float = 60.0) -> dict[str, Any]:
         """Wait until the container is in the state; its status then. Raises LabError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (status := self.container(container_id))["state"] != state:

@@ -30,6 +30,8 @@ from lab.containerd import Containerd
 
 # kubelet's runtimeRequestTimeout, seconds.
 TIMEOUT = 120.0
+# Seconds for what has to come true: nobody waits for them when all is well, and a busy machine may need many.
+PATIENCE = 60.0
 # What kubelet asks to be hidden or read-only in a container that isn't privileged.
 _MASKED = (
     "/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
@@ -108,7 +110,7 @@ class Kubelet:
     def image_id(self, image: str) -> str:
         """The id under which kubelet names the image in CreateContainer. It waits until CRI knows a fresh import."""
         spec = cri.ImageSpec(image=image_name(image))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while True:
             status = self.call("ImageStatus", cri.ImageStatusRequest(image=spec), cri.ImageStatusResponse)
             if status.HasField("image"):
@@ -342,7 +344,7 @@ class Pod:
         container.start()
         return container
 
-    def run_init(self, image: str, name: str, *, timeout: float = 20.0, **options: Any) -> "Container":
+    def run_init(self, image: str, name: str, *, timeout: float = PATIENCE, **options: Any) -> "Container":
         """An init container: the next one waits for its end. Raises LabError if it fails or takes longer than `timeout`
         seconds."""
         container = self.run(image, name, **options)
@@ -429,7 +431,7 @@ class Container:
     def status(self) -> cri.ContainerStatus:
         return self.status_response(verbose=False).status
 
-    def wait(self, timeout: float = 20.0) -> cri.ContainerStatus:
+    def wait(self, timeout: float = PATIENCE) -> cri.ContainerStatus:
         """Wait until it has exited, and return its status. Raises LabError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (status := self.status()).state != cri.ContainerState.CONTAINER_EXITED:
@@ -476,7 +478,8 @@ class Container:
     def logs(self) -> str:
         """What it has written so far, both streams in their order, without CRI's time stamps."""
         text = ""
-        for line in self.log.read_text(errors="replace").splitlines():
+        # The last line may be half there.
+        for line in self.log.read_text(errors="replace").rpartition("\n")[0].splitlines():
             _time, _stream, tag, *content = line.split(" ", 3)
             text += (content[0] if content else "") + ("\n" if tag == "F" else "")
         return text

@@ -31,7 +31,7 @@ class Stream:
         self.channels: dict[int, bytes] = {}
 
     @classmethod
-    def open(cls, url: str, *, ports: Sequence[int] = (), timeout: float = 30.0) -> "Stream":
+    def open(cls, url: str, *, ports: Sequence[int] = (), timeout: float = 60.0) -> "Stream":
         """Connect to a URL that Exec, Attach or PortForward answered. Raises LabError if the server refuses."""
         parts = urlsplit(url)
         connection = socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 80), timeout)
@@ -72,7 +72,7 @@ class Stream:
     def write(self, data: bytes, channel: int = STDIN) -> None:
         self._send(_BINARY, bytes([channel]) + data)
 
-    def read_until(self, wanted: bytes, channel: int = STDOUT, *, timeout: float = 10.0) -> bytes:
+    def read_until(self, wanted: bytes, channel: int = STDOUT, *, timeout: float = 60.0) -> bytes:
         """What the channel has brought once `wanted` is in it. Raises LabError if the stream ends, or TimeoutError."""
         self._connection.settimeout(timeout)
         while wanted not in self.channels.get(channel, b""):
@@ -80,7 +80,7 @@ class Stream:
                 raise LabError(f"The stream ended without {wanted!r}; it brought {self.channels}")
         return self.channels[channel]
 
-    def read_all(self, *, timeout: float = 30.0) -> dict[int, bytes]:
+    def read_all(self, *, timeout: float = 60.0) -> dict[int, bytes]:
         """Read until the other side closes; what each channel brought."""
         self._connection.settimeout(timeout)
         while self._receive():

@@ -20,6 +20,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -43,6 +44,7 @@ static int term_code;
 static int opened = -1;  /* a file */
 static int outside = -1; /* a unix socket whose other end is out of the container */
 static volatile int spinning;
+static atomic_int resting; /* threads that have become what they are going to be */
 
 static int keep(int client)
 {
@@ -79,6 +81,7 @@ static void *spin(void *nothing)
 
 static _Noreturn void rest_of_life(void)
 {
+	resting++;
 	for (;;)
 		pause();
 }
@@ -312,6 +315,8 @@ static void obey(int client, const char *line)
 		start(without_capabilities);
 		start(without_new_privileges);
 		start(filtered);
+		while (resting < 4)
+			usleep(1000);
 	} else if (is(line, "connect", &argument))
 		failed = connect_outside(argument);
 	else if (is(line, "dial", &argument))

@@ -24,6 +24,7 @@ import pytest
 
 from criproxy import control
 from criproxy.api import control_pb2
+from criproxy.kernel import processes
 from lab.daemon import Daemon
 from lab.kubelet import Container, Pod
 
@@ -33,6 +34,8 @@ PORT = 7000
 INSIDE = "/specimen"
 """Where the folder with the program is mounted in the container; the test may write files there, too."""
 
+PATIENCE = 60.0
+"""Seconds for what has to come true: nobody waits for them when all is well, and a busy machine may need many."""
 QUICK: Mapping[str, str] = {"criproxy.io/scaledown-duration": "300ms"}
 """Annotations of a pod that is to be scaled down soon."""
 AWAKE: Mapping[str, str] = {"criproxy.io/scaledown-duration": "0"}
@@ -48,7 +51,7 @@ def build(folder: Path, name: str = "specimen") -> Path:
     return target
 
 
-def eventually(condition: Callable[[], T], what: str, *, timeout: float = 15.0) -> T:
+def eventually(condition: Callable[[], T], what: str, *, timeout: float = PATIENCE) -> T:
     """Waits until the condition gives something true, and returns that. Fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):
@@ -139,10 +142,10 @@ class Specimen:
     def id(self) -> str:
         return self.container.id
 
-    def connect(self, *, timeout: float = 10.0) -> Connection:
+    def connect(self, *, timeout: float = PATIENCE) -> Connection:
         return Connection(self.address, self.port, timeout)
 
-    def ask(self, question: str, *, timeout: float = 10.0) -> str:
+    def ask(self, question: str, *, timeout: float = PATIENCE) -> str:
         with self.connect(timeout=timeout) as connection:
             return connection.ask(question)
 
@@ -156,9 +159,20 @@ class Specimen:
             connection.send(command)
             assert connection.ended()
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Awake for as long as the block takes, held by a stream (`kubectl attach`): what is seen of its processes
+        would be gone otherwise once it is idle."""
+        with self.container.attach():
+            yield
+
     @property
     def log(self) -> list[str]:
         return _log(self.container).splitlines()
+
+    def has_said(self, *lines: str) -> None:
+        """Waits until its log ends with these lines, which may come a moment after the container's end is told."""
+        eventually(lambda: self.log[-len(lines) :] == [*lines], f"its log ends with {lines}")
 
     def init(self) -> int:
         """The host's pid of the container's first process."""
@@ -192,15 +206,38 @@ def container_pids(container: Container) -> list[int]:
     return sorted(found)
 
 
-def application_pid(container: Container) -> int:
-    """The main process of the application, also where there is no init of ours."""
+def names(container: Container) -> dict[int, str]:
+    """The processes in the container's cgroup with their names, without those that have ended meanwhile."""
+    found = {}
     for pid in container_pids(container):
-        if comm(pid).startswith("guard "):
-            inside = comm(pid).removeprefix("guard ")
-            return next(p for p in container_pids(container) if status(p)["NSpid"].split()[-1] == inside)
+        with contextlib.suppress(OSError):
+            found[pid] = comm(pid)
+    return found
+
+
+def application_pid(container: Container) -> int:
+    """The main process of the application, also where there is no init of ours. It has to be awake."""
+    known = names(container)
+    for name in known.values():
+        if name.startswith("guard "):
+            inside = name.removeprefix("guard ")
+            for pid in known:
+                with contextlib.suppress(OSError):
+                    if status(pid)["NSpid"].split()[-1] == inside:
+                        return pid
     init = init_pid(container)
-    assert comm(init) != "init", "there is no application below the init"
+    assert comm(init) != "init", f"there is no application below the init: {known}"
     return init
+
+
+def criu_at_work(init: int) -> list[int]:
+    """The CRIU in the container with this first process."""
+    found = []
+    for pid in processes.in_namespace(init):
+        with contextlib.suppress(ProcessLookupError):
+            if processes.name(processes.parent(pid)) == "enter":
+                found.append(pid)
+    return found
 
 
 def status(pid: int, tid: int | None = None) -> dict[str, str]:
@@ -226,7 +263,7 @@ def seen(daemon: Daemon, container_id: str) -> control_pb2.ContainerStatus:
     return next(c for c in control.ask_status(path) if c.container_id == container_id)
 
 
-def wait_for(daemon: Daemon, container_id: str, *states: str, timeout: float = 15.0) -> control_pb2.ContainerStatus:
+def wait_for(daemon: Daemon, container_id: str, *states: str, timeout: float = PATIENCE) -> control_pb2.ContainerStatus:
     """Waits until the container is in one of the states."""
     deadline = time.monotonic() + timeout
     while (found := seen(daemon, container_id)).state not in states:
@@ -234,3 +271,17 @@ def wait_for(daemon: Daemon, container_id: str, *states: str, timeout: float = 1
             pytest.fail(f"not {' or '.join(states)} within {timeout:g} s: {found}")
         time.sleep(0.003)
     return found
+
+
+def meet(daemon: Daemon, specimen: Specimen, state: str, wake: Callable[[], object]) -> None:
+    """Waits until it is in a state that passes by itself, which a busy machine may miss: then it sleeps and wakes once
+    more. `wake` is called each time it sleeps, and may return before it is awake."""
+    woken = -1
+    deadline = time.monotonic() + PATIENCE
+    while (found := seen(daemon, specimen.id)).state != state:
+        if time.monotonic() > deadline:
+            pytest.fail(f"not met as {state} within {PATIENCE:g} s: {found}")
+        if found.state == "scaled_down" and found.checkpoints != woken:
+            woken = found.checkpoints
+            wake()
+        time.sleep(0.003)

@@ -13,16 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from specimen import (
+    PATIENCE,
     PORT,
     QUICK,
     Specimen,
-    comm,
     container_pids,
+    criu_at_work,
     eventually,
+    meet,
+    names,
     never,
     seen,
     status,
@@ -30,7 +34,6 @@ from specimen import (
 )
 
 from criproxy.api import cri_pb2 as cri
-from criproxy.kernel import processes
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet, Pod
@@ -70,13 +73,15 @@ def test_exec_sync_wakes(specimen: Specimen, daemon: Daemon) -> None:
 
 def test_an_exec_sync_keeps_it_awake_while_it_runs(specimen: Specimen, daemon: Daemon) -> None:
     asleep(daemon, specimen)
-    running = threading.Thread(target=specimen.container.exec_sync, args=("sleep", "2"))
+    command = ("sh", "-c", "until [ -e /enough ]; do sleep 0.1; done")
+    running = threading.Thread(target=specimen.container.exec_sync, args=command)
     running.start()
     try:
         eventually(lambda: "ExecSync is under way" in seen(daemon, specimen.id).reason, "the reason is shown")
         never(lambda: seen(daemon, specimen.id).state == "scaled_down", "scaled down below an exec", seconds=1)
         assert seen(daemon, specimen.id).checkpoints == 1
     finally:
+        specimen.container.exec_sync("touch", "/enough")
         running.join()
     asleep(daemon, specimen)
 
@@ -128,67 +133,60 @@ def met_in(state: str, daemon: Daemon, kubelet: Kubelet, program: Path, *command
         specimen = Specimen.run(pod, program, memory=MEMORY if state in ("checkpointing", "restoring") else 0)
         for command in commands:
             specimen.tell(command)
-        if state == "restoring":
-            wait_for(daemon, specimen.id, "scaled_down", timeout=30)
+
+        def knock() -> None:
             knocking = stack.enter_context(socket.socket())
             knocking.setblocking(False)
             knocking.connect_ex((specimen.address, PORT))
-        wait_for(daemon, specimen.id, state, timeout=30)
+
+        if state == "scaled_down":
+            asleep(daemon, specimen)
+        else:
+            meet(daemon, specimen, state, knock)
         yield specimen
 
 
-def timed(act: Callable[[], None]) -> float:
-    began = time.monotonic()
-    act()
-    return time.monotonic() - began
+GRACE = 100
+"""Seconds. Who waits for their end in vain kills, which the exit code tells; or kubelet's patience is over before."""
+
+
+def call(pod: Pod, method: str, request: Any, response: type[Any]) -> None:
+    """As kubelet, which gives up after `PATIENCE` here: a call that waits for nothing fails."""
+    pod.kubelet.call(method, request, response, timeout=PATIENCE)
+
+
+def stop(specimen: Specimen, grace: int = GRACE) -> None:
+    request = cri.StopContainerRequest(container_id=specimen.id, timeout=grace)
+    call(specimen.container.pod, "StopContainer", request, cri.StopContainerResponse)
 
 
 def stop_sandbox(pod: Pod) -> None:
-    pod.kubelet.call(
-        "StopPodSandbox", cri.StopPodSandboxRequest(pod_sandbox_id=pod.id), cri.StopPodSandboxResponse, timeout=20
-    )
+    call(pod, "StopPodSandbox", cri.StopPodSandboxRequest(pod_sandbox_id=pod.id), cri.StopPodSandboxResponse)
 
 
 def remove_sandbox(pod: Pod) -> None:
-    pod.kubelet.call(
-        "RemovePodSandbox", cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id), cri.RemovePodSandboxResponse, timeout=20
-    )
+    call(pod, "RemovePodSandbox", cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id), cri.RemovePodSandboxResponse)
     pod.id = ""
 
 
 def remove_container(pod: Pod) -> None:
-    pod.containers[0].remove()
+    request = cri.RemoveContainerRequest(container_id=pod.containers[0].id)
+    call(pod, "RemoveContainer", request, cri.RemoveContainerResponse)
+    pod.containers.clear()
 
 
 KILLS = {"RemoveContainer": remove_container, "StopPodSandbox": stop_sandbox, "RemovePodSandbox": remove_sandbox}
-MARGIN = 8.0
-"""Seconds that a call may take longer than without criproxy: it may have to wait for the end of a checkpoint of
-`MEMORY` on a busy machine. A call that waits in vain takes as long as its grace period, or for ever."""
-
-
-@pytest.fixture(scope="module")
-def without_us(containerd: Containerd, program: Path) -> dict[str, float]:
-    """How long each call takes on containerd itself."""
-    taken = {}
-    with Kubelet(containerd.endpoint, containerd) as direct:
-        for name, kill in (("StopContainer", lambda pod: pod.containers[0].stop(20)), *KILLS.items()):
-            pod = direct.run_pod()
-            Specimen.run(pod, program)
-            taken[name] = timed(lambda kill=kill, pod=pod: kill(pod))
-            pod.remove()
-    return taken
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_stop_container_delivers_the_stop_signal(
-    state: str, daemon: Daemon, kubelet: Kubelet, program: Path, without_us: dict[str, float], nothing_left: None
+    state: str, daemon: Daemon, kubelet: Kubelet, program: Path, nothing_left: None
 ) -> None:
     with met_in(state, daemon, kubelet, program, "on-term 9") as specimen:
-        taken = timed(lambda: specimen.container.stop(20))
-        assert specimen.log[-1] == "caught 15"
+        stop(specimen)
         found = specimen.container.status()
         assert (found.state, found.exit_code) == (EXITED, 9)
-        assert taken < without_us["StopContainer"] + MARGIN
+        specimen.has_said("caught 15")
         assert not container_pids(specimen.container)
         # It is over: no longer shown, no memory of it on the disk.
         assert specimen.id not in {c["container_id"] for c in daemon.status()}
@@ -198,39 +196,34 @@ def test_stop_container_delivers_the_stop_signal(
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("call", KILLS)
 def test_what_kills_works_in_every_state(
-    call: str, state: str, daemon: Daemon, kubelet: Kubelet, program: Path, without_us: dict[str, float],
-    nothing_left: None,
-) -> None:  # fmt: skip
+    call: str, state: str, daemon: Daemon, kubelet: Kubelet, program: Path, nothing_left: None
+) -> None:
     with met_in(state, daemon, kubelet, program) as specimen:
         pod = specimen.container.pod
         sandbox = pod.id
         said = len(daemon.service.output())
-        taken = timed(lambda: KILLS[call](pod))
-        assert taken < without_us[call] + MARGIN
+        KILLS[call](pod)
         # What CRIU then says of its container isn't anybody's business.
         assert not re.search(" (WARNING|ERROR) .*", daemon.service.output()[said:])
         assert specimen.id not in {c["container_id"] for c in daemon.status()}
         assert not list(daemon.state_dir.glob(f"containers/{specimen.id}/checkpoint*"))
         if call == "StopPodSandbox":
             # kubelet may well name the dead container again.
-            request = cri.StopContainerRequest(container_id=specimen.id, timeout=20)
-            kubelet.call("StopContainer", request, cri.StopContainerResponse, timeout=10)
+            stop(specimen)
             with pytest.raises(grpc.RpcError):
                 specimen.container.exec_sync("true")
         if call == "RemovePodSandbox":
             assert not [entry for entry in daemon.leftovers() if sandbox in entry or specimen.id in entry]
 
 
-def test_a_stop_at_any_moment_of_the_way_down(
-    pod: Pod, program: Path, daemon: Daemon, without_us: dict[str, float]
-) -> None:
+def test_a_stop_at_any_moment_of_the_way_down(pod: Pod, program: Path, daemon: Daemon) -> None:
     for step in range(12):
         specimen = Specimen.run(pod, program)
         # From just before it is idle for its duration to when it is down.
         time.sleep(0.27 + step * 0.007)
-        taken = timed(lambda specimen=specimen: specimen.container.stop(20))
-        assert (specimen.container.status().exit_code, specimen.log[-1]) == (0, "caught 15")
-        assert taken < without_us["StopContainer"] + MARGIN
+        stop(specimen)
+        assert specimen.container.status().exit_code == 0
+        specimen.has_said("caught 15")
         specimen.container.remove()
 
 
@@ -250,7 +243,7 @@ def test_all_at_once(daemon: Daemon, kubelet: Kubelet, program: Path, nothing_le
         ]
         with concurrent.futures.ThreadPoolExecutor(len(acts)) as pool:
             futures = [pool.submit(act) for act in acts]
-            done, hanging = concurrent.futures.wait(futures, timeout=20)
+            done, hanging = concurrent.futures.wait(futures, timeout=PATIENCE)
             assert not hanging
         # What ends it works; what wants something of it may come too late.
         for future in futures[6:]:
@@ -272,7 +265,7 @@ def test_who_waits_for_a_container_that_ends_is_told_so(kubelet: Kubelet, progra
         asleep(daemon, specimen)
         # A datagram is sent once: it is parked while the container is killed, and neither lost nor waited for.
         udp.connect((specimen.address, PORT))
-        udp.settimeout(10)
+        udp.settimeout(PATIENCE)
         init = specimen.init()
         daemon.service.signal(signal.SIGSTOP)
         try:
@@ -322,16 +315,19 @@ def test_a_client_of_the_runtime_that_gives_up(specimen: Specimen, daemon: Daemo
 @pytest.mark.parametrize("state", ["running", "scaled_down"])
 def test_the_grace_period_ends_with_sigkill(state: str, daemon: Daemon, kubelet: Kubelet, program: Path) -> None:
     with met_in(state, daemon, kubelet, program, "ignore-term") as specimen:
-        taken = timed(lambda: specimen.container.stop(1))
-        assert 1 <= taken < 1 + MARGIN
+        began = time.monotonic()
+        stop(specimen, grace=1)
+        assert time.monotonic() - began >= 1
         assert specimen.container.status().exit_code == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize("state", ["running", "scaled_down"])
 def test_a_grace_of_zero_kills_at_once(state: str, daemon: Daemon, kubelet: Kubelet, program: Path) -> None:
-    with met_in(state, daemon, kubelet, program, "ignore-term") as specimen:
-        assert timed(lambda: specimen.container.stop(0)) < MARGIN
+    with met_in(state, daemon, kubelet, program) as specimen:
+        stop(specimen, grace=0)
         assert specimen.container.status().exit_code == 128 + signal.SIGKILL
+        # It would have caught the stop signal, and ended with 0.
+        assert specimen.log == ["listening"]
 
 
 @pytest.mark.parametrize("state", ["running", "scaled_down"])
@@ -346,22 +342,23 @@ def test_the_stop_signal_reaches_who_has_become_another_user(
         specimen.tell("on-term 4")
         specimen.tell("become 65534")
         init = status(specimen.init())
-        assert (init["Uid"].split()[0], status(specimen.pid())["Uid"].split()[0]) == ("0", "65534")
+        with specimen.awake():
+            assert (init["Uid"].split()[0], status(specimen.pid())["Uid"].split()[0]) == ("0", "65534")
         assert not int(init["CapEff"], 16) & 1 << 5
         if state == "scaled_down":
             asleep(daemon, specimen)
-        assert timed(lambda: specimen.container.stop(20)) < MARGIN
-        assert specimen.log[-1] == "caught 15"
-        assert specimen.log.count("caught 15") == 1
+        stop(specimen)
         assert specimen.container.status().exit_code == 4
+        specimen.has_said("caught 15")
+        assert specimen.log.count("caught 15") == 1
 
 
 def test_the_images_own_stop_signal(pod: Pod, daemon: Daemon) -> None:
     container = pod.run("nginx")  # SIGQUIT
     wait_for(daemon, container.id, "scaled_down")
-    container.stop(20)
+    container.stop(GRACE)
     assert container.status().exit_code == 0
-    assert "(SIGQUIT) received" in container.log.read_text()
+    eventually(lambda: "(SIGQUIT) received" in container.logs(), "it has got it")
 
 
 def test_the_next_attempt_of_a_container_is_scaled_down_too(pod: Pod, program: Path, daemon: Daemon) -> None:
@@ -394,7 +391,7 @@ def test_nothing_of_the_daemons_own_is_left_either(kubelet: Kubelet, program: Pa
     before = descriptors()
     for _ in range(3):
         one()
-    assert descriptors() == before
+    eventually(lambda: descriptors() == before, f"it has as many as before: {before}")
 
 
 # --- Its own end ---------------------------------------------------
@@ -418,9 +415,10 @@ def test_exit_codes_after_a_cycle(command: str, code: int, specimen: Specimen, d
 
 def test_orphans_are_reaped(specimen: Specimen, daemon: Daemon) -> None:
     for _ in range(2):
-        specimen.tell("orphans 20")
-        eventually(lambda: len(container_pids(specimen.container)) == 3, "init, guard and application are left")
-        assert not [pid for pid in container_pids(specimen.container) if status(pid)["State"].startswith("Z")]
+        with specimen.awake():
+            specimen.tell("orphans 20")
+            eventually(lambda: len(container_pids(specimen.container)) == 3, "init, guard and application are left")
+            assert not [pid for pid in container_pids(specimen.container) if status(pid)["State"].startswith("Z")]
         asleep(daemon, specimen)
 
 
@@ -451,7 +449,7 @@ def test_the_next_daemon_wakes_what_sleeps(how: str, specimen: Specimen, daemon:
         asleep(daemon, specimen)
         before = seen(daemon, specimen.id)
         goes(daemon, how)
-        assert [comm(pid) for pid in container_pids(specimen.container)] == ["init"]
+        eventually(lambda: [*names(specimen.container).values()] == ["init"], "the init alone is left")
         daemon.start()
         after = seen(daemon, specimen.id)
         assert (after.state, after.checkpoints, after.restores) == ("scaled_down", before.checkpoints, before.restores)
@@ -502,28 +500,24 @@ def test_the_next_daemon_waits_for_a_criu_that_outlived_the_last(
         # Big enough for CRIU to be caught in the middle of its work.
         specimen = Specimen.run(pod, program, memory=800)
         specimen.tell("set kept")
-        client = threading.Thread(target=lambda: specimen.ask("get", timeout=20))
-        if doing == "restoring":
-            asleep(daemon, specimen)
-            client.start()
-        wait_for(daemon, specimen.id, doing)
-        init = container_pids(specimen.container)[0]
+        clients: list[threading.Thread] = []
 
-        def at_work() -> list[int]:
-            inside = processes.in_namespace(init)
-            return [pid for pid in inside if processes.name(processes.parent(pid)) == "enter"]
+        def wake() -> None:
+            clients.append(threading.Thread(target=specimen.ask, args=("get",)))
+            clients[-1].start()
 
+        meet(daemon, specimen, doing, wake)
+        init = specimen.init()
         # The state is there a moment before CRIU is.
-        eventually(at_work, "CRIU is at work")
-        (criu,) = at_work()
+        (criu,) = eventually(lambda: criu_at_work(init), "CRIU is at work")
         os.kill(criu, signal.SIGSTOP)
         daemon.kill()
         slow = threading.Timer(2, os.kill, (criu, signal.SIGCONT))
         slow.start()
         daemon.start()
-        assert specimen.ask("get", timeout=20) == "kept"
+        assert specimen.ask("get") == "kept"
         slow.join()
-        if client.ident:
+        for client in clients:
             client.join()
         assert specimen.container.status().state == RUNNING
 
@@ -538,13 +532,13 @@ def test_what_comes_while_no_daemon_is_there_is_delivered(
         connection = stack.enter_context(specimen.connect())
         # A datagram is sent once: who gets an answer to it got it from the parking.
         udp = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
-        udp.settimeout(15)
+        udp.settimeout(PATIENCE)
         asleep(daemon, specimen)
         goes(daemon, how)
         udp.sendto(b"?", (specimen.address, PORT))
         connection.send("get")
         late: list[str] = []
-        newcomer = threading.Thread(target=lambda: late.append(specimen.ask("get", timeout=20)))
+        newcomer = threading.Thread(target=lambda: late.append(specimen.ask("get")))
         newcomer.start()
         daemon.start()
         assert udp.recv(100) == b"1\n"
@@ -644,17 +638,20 @@ def test_without_a_checkpoint_zeropods_way_is_a_fresh_start(kubelet: Kubelet, pr
         specimen = Specimen.run(pod, program)
         init = specimen.init()
         for cycle in range(1, 3):
-            specimen.tell("set state")
+            with specimen.awake():
+                assert specimen.ask("get") == "nothing"
+                specimen.tell("set state")
             wait_for(daemon, specimen.id, "scaled_down")
             # It got its stop signal and ended; the container didn't.
-            eventually(lambda: [comm(p) for p in container_pids(specimen.container)] == ["init"], "it has ended")
-            assert specimen.log == ["listening", "caught 15"] * cycle
+            eventually(lambda: [*names(specimen.container).values()] == ["init"], "it has ended")
+            specimen.has_said("caught 15")
+            turns = len(specimen.log) // 2
+            assert turns >= cycle
+            assert specimen.log == ["listening", "caught 15"] * turns
             assert specimen.container.status().state == RUNNING
-            assert specimen.ask("get") == "nothing"
             assert specimen.init() == init
-        wait_for(daemon, specimen.id, "scaled_down")
         # Ended already: a stop has nothing to wait for.
-        assert timed(lambda: specimen.container.stop(20)) < MARGIN
+        stop(specimen)
 
 
 def test_without_a_checkpoint_our_way_is_the_freezer(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
@@ -697,7 +694,7 @@ def test_what_cannot_be_supported_runs_untouched_and_says_why(
 
 
 def test_status_has_the_documented_keys(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
-    # Long enough for the command to be started before it is over.
+    # It is awake when a stream takes hold of it.
     with kubelet.run_pod(annotations={"criproxy.io/scaledown-duration": "3s"}) as pod:
         shown(Specimen.run(pod, program), daemon)
 
@@ -708,7 +705,8 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
         *("checkpoint_bytes", "checkpoints", "restores", "last_checkpoint_seconds", "last_restore_seconds", "reason"),
         *("tier", "parking"),
     }
-    first = next(c for c in daemon.status() if c["container_id"] == specimen.id)
+    with specimen.awake():
+        first = daemon.container(specimen.id)
     assert set(first) == keys
     assert (first["namespace"], first["container"]) == ("default", "specimen")
     assert first["last_checkpoint_seconds"] is None
@@ -718,12 +716,14 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
     assert down["state"] == "scaled_down"
     assert down["checkpoint_bytes"] > 0
     assert down["memory_bytes"] < first["memory_bytes"]
-    assert 0 < down["last_checkpoint_seconds"] < 10
-    assert abs(down["since"] - time.time()) < 60
-    assert abs(down["last_activity"] - time.time()) < 60
+    assert down["last_checkpoint_seconds"] > 0
+    # The unit, and where it counts from.
+    assert abs(down["since"] - time.time()) < 3600
+    assert abs(down["last_activity"] - time.time()) < 3600
     assert down["reason"] == ""
     specimen.ask("count")
-    up = daemon.container(specimen.id)
+    with specimen.awake():
+        up = daemon.container(specimen.id)
     assert (up["restores"], up["checkpoint_bytes"]) == (1, 0)
     assert up["last_restore_seconds"] > 0
     assert up["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ class Log:
 
 
 def _read(file: Path) -> Iterator[Line]:
-    for line in file.read_text().splitlines():
+    # The last line may be half there.
+    for line in file.read_text().rpartition("\n")[0].splitlines():
         at, stream, tag, *text = line.split(" ", 3)
         assert tag in ("P", "F"), line
         yield Line(datetime.datetime.fromisoformat(at).timestamp(), stream, tag == "P", "".join(text))
@@ -86,13 +88,15 @@ def test_no_line_is_lost_and_none_is_doubled_whatever_happens_between(specimen: 
         err += [f"about {cycle}"]
     asleep(daemon, specimen)
     assert seen(daemon, specimen.id).restores >= 4
-    eventually(lambda: log.texts("stdout")[-1:] == out[-1:], "the last line is there")
+    for stream, wanted in (("stdout", out), ("stderr", err)):
+        eventually(lambda s=stream, w=wanted: log.texts(s)[-1:] == w[-1:], "the last line is there")  # type: ignore[misc]
     assert log.texts("stdout") == out
     assert log.texts("stderr") == err
     for stream in ("stdout", "stderr"):
         times = [line.at for line in log.lines(stream)]
-        assert times == sorted(times)
-        assert began - 5 < times[0] <= times[-1] <= time.time()
+        # The machine's clock may be put right meanwhile.
+        assert all(earlier < later + 1 for earlier, later in itertools.pairwise(times))
+        assert began - 5 < times[0] <= times[-1] <= time.time() + 5
 
 
 def test_a_long_line_over_a_checkpoint(specimen: Specimen, daemon: Daemon) -> None:
@@ -113,7 +117,7 @@ def test_a_line_s_time_is_when_it_was_written(specimen: Specimen, daemon: Daemon
     for word in ("one", "two", "three"):
         asleep(daemon, specimen)
         time.sleep(0.5)
-        before = time.time()
+        before = time.time() - 0.25
         specimen.tell(f"say {word}")
         eventually(lambda word=word: log.texts("stdout")[-1] == word, "it is in the log")  # type: ignore[misc]
-        assert before <= log.lines("stdout")[-1].at <= time.time()
+        assert before <= log.lines("stdout")[-1].at <= time.time() + 0.25

@@ -16,11 +16,13 @@ from criproxy.kernel import namespaces
 def inhabitant() -> Iterator[int]:
     """A process in a network namespace of its own."""
     own = os.readlink("/proc/self/ns/net")
-    with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as process:
-        while os.readlink(f"/proc/{process.pid}/ns/net") == own:
-            time.sleep(0.002)
-        yield process.pid
-        process.kill()
+    with subprocess.Popen(["unshare", "--net", "sleep", "1000"]) as process:
+        try:
+            while os.readlink(f"/proc/{process.pid}/ns/net") == own:
+                time.sleep(0.002)
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def links() -> list[str]:

@@ -3,15 +3,21 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+import sys
+from asyncio.trsock import TransportSocket
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from typing import NamedTuple, TypeVar
 
 import pytest
+from specimen import PATIENCE
 from topology import POD4, POD6, Topology, family_of, make_socket
 
 from criproxy.hook.network import PodNetwork
 from criproxy.hook.pod_maps import Park, Parked
 from criproxy.policy import Port
+
+T = TypeVar("T")
 
 HTTP = Port("tcp", 80)
 ADDRESSES = [
@@ -24,6 +30,14 @@ ADDRESSES = [
     pytest.param("pod", POD4, id="lo-own-address-v4"),
     pytest.param("pod", POD6, id="lo-own-address-v6"),
 ]
+
+
+class Client(NamedTuple):
+    """As the server sees it, and how many segments that had to send once more until it was connected."""
+
+    address: str
+    port: int
+    sent_again: int
 
 
 class Hook:
@@ -42,6 +56,11 @@ class Hook:
         self.largest = max(self.largest, len(packet.frame))
         if packet.wakes:
             self.wanted.set()
+
+    async def wakes(self) -> None:
+        """Waits until a packet has come that wakes."""
+        async with asyncio.timeout(PATIENCE):
+            await self.wanted.wait()
 
     def sleep(self) -> None:
         """All is parked, with the connections that slot 0 has now."""
@@ -65,12 +84,13 @@ class Hook:
 
 
 @asynccontextmanager
-async def serving(net: Topology, greeting: bytes = b"", port: int = 80) -> AsyncIterator[list[tuple[str, int]]]:
+async def serving(net: Topology, greeting: bytes = b"", port: int = 80) -> AsyncIterator[list[Client]]:
     """An echo server in the pod, IPv4 and IPv6, which may speak first. Yields the clients that it sees."""
-    clients: list[tuple[str, int]] = []
+    clients: list[Client] = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        clients.append(writer.get_extra_info("peername")[:2])
+        address, port = writer.get_extra_info("peername")[:2]
+        clients.append(Client(address, port, sent_again(writer.get_extra_info("socket"))))
         writer.write(greeting)
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(1 << 16):
@@ -91,12 +111,16 @@ async def serving(net: Topology, greeting: bytes = b"", port: int = 80) -> Async
 
 async def connect(net: Topology, where: str, address: str, port: int = 80) -> socket.socket:
     made = make_socket(getattr(net, where), family_of(address))
-    async with asyncio.timeout(5):
-        await asyncio.get_running_loop().sock_connect(made, (address, port))
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.get_running_loop().sock_connect(made, (address, port))
+    except BaseException:
+        made.close()
+        raise
     return made
 
 
-async def receive(client: socket.socket, size: int, timeout: float = 10) -> bytes:
+async def receive(client: socket.socket, size: int, timeout: float = PATIENCE) -> bytes:
     data = b""
     async with asyncio.timeout(timeout):
         while len(data) < size:
@@ -114,6 +138,21 @@ async def send(client: socket.socket, data: bytes) -> None:
 async def ask(client: socket.socket, data: bytes) -> bytes:
     await send(client, data)
     return await receive(client, len(data))
+
+
+async def becomes(condition: Callable[[], T], what: str) -> T:
+    """Waits until the condition gives something true, and returns that."""
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    while not (result := condition()):
+        if asyncio.get_running_loop().time() > deadline:
+            pytest.fail(f"not within {PATIENCE:g} s: {what} ({result!r})")
+        await asyncio.sleep(0.005)
+    return result
+
+
+def sent_again(made: socket.socket | TransportSocket) -> int:
+    """How many segments a TCP socket has sent once more (struct tcp_info's tcpi_total_retrans, SYN and SYN-ACK too)."""
+    return int.from_bytes(made.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[100:], sys.byteorder)
 
 
 def plain(address: str) -> str:
