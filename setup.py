@@ -140,6 +140,14 @@ MAKERS = {
     "keep": lambda: native("keep", "keep", "-static"),
     "pages": lambda: native("pages", "pages", "-static"),
     "preload": lambda: native("preload", "preload.so", "-shared", "-fPIC"),
+    "gnutls": lambda: native(
+        "gnutls",
+        "gnutls.so",
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libgnutls.so.30",
+        "-Wl,--version-script=native/gnutls.map",
+    ),
     "bpf": lambda: [ebpf("pod"), ebpf("kubelet")],
     "systemd": units,
 }

@@ -43,6 +43,7 @@ INSIDE: Final = "/.criproxy"
 SUITE: Final = "trixie"
 """The Debian release whose CRIU is taken where the host has none that works: 4.1.1."""
 
+_GNUTLS: Final = "libgnutls.so.30"
 _PLUGINS: Final = "plugins"
 _KDAT: Final = "kdt"
 
@@ -105,7 +106,7 @@ def build(criu_root: Path, libexec: Path, state_dir: Path) -> Bundle:
     CRIU, if a part is missing, or if `criu check` says that it doesn't work with this kernel.
     """
     criu_root, state_dir = criu_root.absolute(), state_dir.absolute()
-    plain = _ours(libexec) | _criu(criu_root)
+    plain = _ours(libexec) | _criu(criu_root, libexec / "gnutls.so")
     content = plain | {"criu": _with_our_kernel_data(plain["criu"], criu_root)}
 
     def find_out(draft: Path) -> bytes:
@@ -190,8 +191,11 @@ def _ours(libexec: Path) -> dict[str, _File]:
     return files
 
 
-def _criu(root: Path) -> dict[str, _File]:
-    """CRIU of a root as it is, its loader (patched) and its libraries, all in one flat folder."""
+def _criu(root: Path, gnutls: Path) -> dict[str, _File]:
+    """CRIU of a root as it is, its loader (patched) and its libraries, all in one flat folder.
+
+    `gnutls` is taken instead of GnuTLS and what that needs, unless this CRIU doesn't start with it.
+    """
     binary = _find(root, [f"{folder}/criu" for folder in ("usr/sbin", "usr/local/sbin", "usr/bin", "sbin")])
     if binary is None:
         raise BundleError(f"There is no criu in {root}. Install the package criu, or let one be downloaded.")
@@ -199,16 +203,20 @@ def _criu(root: Path) -> dict[str, _File]:
     loader = _find(root, [interpreter.lstrip("/"), f"usr{interpreter}"])
     if loader is None or "/ld-linux" not in interpreter:
         raise BundleError(f"{binary} wants the loader {interpreter}, which isn't glibc's or isn't in {root}.")
-    command: list[str | Path] = [loader, "--list", binary]
+    start: list[str | Path] = [loader]
     if root != Path("/"):
-        command[1:1] = ["--inhibit-cache", "--library-path", ":".join(_library_folders(root))]
+        start += ["--inhibit-cache", "--library-path", ":".join(_library_folders(root))]
+    files = {"criu": _File(binary.read_bytes(), 0o555), "ld.so": _File(_without_preload(loader), 0o555)}
     try:
-        # Without LD_PRELOAD and the like, which would be listed as well.
-        listing = run.run(command, env={}, timeout=30).check().stdout.decode()
+        # Without LD_PRELOAD and the like, which would be listed as well. The loader takes what is preloaded for the
+        # library whose soname it has.
+        without = [*start, "--preload", gnutls]
+        if gnutls.exists() and run.run([*without, binary, "--version"], env={}, timeout=30).returncode == 0:
+            files[_GNUTLS] = _File(gnutls.read_bytes())
+            start = without
+        listing = run.run([*start, "--list", binary], env={}, timeout=30).check().stdout.decode()
     except run.CommandError as error:
         raise BundleError(f"The libraries of {binary} can't be listed: {error}") from error
-
-    files = {"criu": _File(binary.read_bytes(), 0o555), "ld.so": _File(_without_preload(loader), 0o555)}
     for line in listing.splitlines():
         name, arrow, where = line.strip().partition(" => ")
         if not arrow or "/" in name:  # the kernel's own (vdso), or the loader
@@ -374,8 +382,12 @@ def _environment(inside: str) -> dict[str, str]:
     return {
         # Unset, it would be /bin:/usr/bin, and these are the container's.
         "PATH": f"{inside}/{_PLUGINS}",
-        # GnuTLS is only for page servers. Its set-up at load time takes 1.7 ms and reads the container's /etc/gnutls.
+        # Should it be the real one (see native/gnutls.c): its set-up at load time reads the container's /etc/gnutls.
         "GNUTLS_NO_IMPLICIT_INIT": "1",
+        # No error is simulated: CRIU traces system calls instead of setting breakpoints. The first breakpoint on a
+        # machine that has had none for a second waits for an RCU grace period, 10 to 15 ms (docs/architecture.md). The
+        # number has been the same since CRIU 3.0.
+        "CRIU_FAULT": "130",
     }
 
 
