@@ -129,7 +129,7 @@ def test_what_a_container_sleeps_with_is_little_and_its_own(kubelet: Kubelet, da
         wait_for(daemon, container.id, "scaled_down")
         number = next(folder for folder in container.cgroups() if (folder / "memory.stat").exists()).stat().st_ino
         assert sum(charged(path)[number] for path in bundle) == 0
-        assert sum(sum(charged(path).values()) for path in bundle) > 5 * MIB
+        assert sum(sum(charged(path).values()) for path in bundle) > 2 * MIB
         own = sum(charged(root / file)[number] for file in files)
         assert own > 4 * MIB
         assert container.memory() < own / 8
