@@ -1,4 +1,4 @@
-"""The daemon's own socket (api/control.proto): who answers it, and how the commands ask it."""
+"""The daemon's own socket (api/control.proto), and what it answers there. `status.py` asks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ from criproxy.node import Node
 from criproxy.record import State
 from criproxy.sandbox import Member
 
-_SERVICE = "criproxy.control.v1.Control"
-TIMEOUT = 10.0
-"""Seconds that a command waits for the daemon."""
-
-
-class ControlError(Exception):
-    """The daemon can't be asked. A sentence for people, with a hint."""
+_SERVICE = api.DESCRIPTOR.services_by_name["Control"].full_name
 
 
 @contextlib.asynccontextmanager
@@ -47,23 +41,6 @@ async def serve(path: Path, node: Node) -> AsyncIterator[None]:
     finally:
         listening.remove()
         await server.stop(grace=1)
-
-
-def ask_status(path: Path) -> list[api.ContainerStatus]:
-    """What `criproxy status` shows. Raises ControlError."""
-    with grpc.insecure_channel(f"unix://{path}") as channel:
-        call = channel.unary_unary(
-            f"/{_SERVICE}/Status",
-            request_serializer=api.StatusRequest.SerializeToString,
-            response_deserializer=api.StatusResponse.FromString,
-        )
-        try:
-            return list(call(api.StatusRequest(), timeout=TIMEOUT).containers)
-        except grpc.RpcError as error:
-            raise ControlError(
-                f"The daemon doesn't answer at {path}: {error.details()}. Is it running (systemctl status criproxy), "
-                "and is this its --control socket?"
-            ) from None
 
 
 def _status(node: Node) -> api.StatusResponse:

@@ -17,16 +17,22 @@ from criproxy import LIBEXEC, control
 from criproxy.config import Config
 from criproxy.cri import forensic
 from criproxy.cri.interceptors import Interceptors
+from criproxy.cri.listen import ListenError
 from criproxy.cri.proxy import Proxy
 from criproxy.cri.runtime import Runtime
 from criproxy.cri.seccomp import Profiles
 from criproxy.criu import bundle
+from criproxy.criu.bundle import BundleError
 from criproxy.criu.checkpoint import Criu
 from criproxy.kernel import bpf, page_cache
+from criproxy.kernel.bpf import BpfError
 from criproxy.kubelet.connections import Kubelet
 from criproxy.node import Node
 
 log = logging.getLogger(__name__)
+
+CANT_BEGIN = (BundleError, BpfError, ListenError)
+"""What `serve` raises when it can't begin: a sentence for people each."""
 
 _Result = TypeVar("_Result")
 
@@ -34,7 +40,7 @@ _Result = TypeVar("_Result")
 async def serve(config: Config) -> None:
     """Serves until SIGTERM or SIGINT. Scaled-down containers stay so; the next daemon carries on.
 
-    Raises BundleError, BpfError or ListenError if it can't begin.
+    Raises one of CANT_BEGIN.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -23,7 +23,6 @@ import grpc
 
 from criproxy.api import control_pb2 as api
 from criproxy.api import cri_pb2 as cri
-from criproxy.control import ControlError, ask_status
 from lab import LabError, client, plot, requirements
 from lab.client import Connection, Service
 from lab.console import Console, sentence
@@ -71,7 +70,7 @@ def main() -> int:
         requirements.check()
         bench = Bench(console)
         bench.run(options.cycles, options.large)
-    except (LabError, grpc.RpcError, ControlError, OSError) as error:
+    except (LabError, grpc.RpcError, OSError) as error:
         console.bad(f"the benchmark failed: {sentence(error)}")
         return 1
     except KeyboardInterrupt:
@@ -93,7 +92,7 @@ class Bench:
         self.machine: dict[str, Any] = {}
 
     def run(self, cycles: int, large: int) -> None:
-        """Raises LabError, grpc.RpcError, ControlError or OSError."""
+        """Raises LabError, grpc.RpcError or OSError."""
         say = self._console.say
         self.machine = _machine()
         say(f"{self.machine['system']}, {self.machine['processors']} processors")
@@ -312,7 +311,6 @@ class Sleeper:
         prepare: Callable[[Service], None] | None = None,
     ) -> None:
         self._daemon = daemon
-        self._control = Path(daemon.control.removeprefix("unix://"))
         self.pod: Pod = kubelet.run_pod(annotations={"criproxy.io/scaledown-duration": f"{IDLE * 1e3:.0f}ms"})
         self.container: Container = self.pod.run(image)
         self.service = Service(self.pod.ip, port, request)
@@ -388,10 +386,7 @@ class Sleeper:
                 os.close(descriptor)
 
     def _status(self) -> api.ContainerStatus:
-        for status in ask_status(self._control):
-            if status.container_id == self.container.id:
-                return status
-        raise LabError(f"criproxy knows no container {self.container.id}")
+        return self._daemon.seen(self.container.id)
 
 
 def _lists(count: int) -> Iterator[list[float]]:

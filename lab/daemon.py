@@ -21,7 +21,9 @@ from typing import Any
 
 import grpc
 
+from criproxy import status
 from criproxy.api import cri_pb2 as cri
+from criproxy.api.control_pb2 import ContainerStatus
 from lab import BUILD, CHECKOUT, LabError, cgroups
 from lab.containerd import Containerd, mounts_below, unmount_below
 from lab.process import Service, run
@@ -111,19 +113,33 @@ class Daemon:
 
     def container(self, container_id: str) -> dict[str, Any]:
         """The status of one container. Raises LabError if criproxy doesn't know it."""
-        for status in self.status():
-            if status["container_id"] == container_id:
-                return status
+        for found in self.status():
+            if found["container_id"] == container_id:
+                return found
         raise LabError(f"criproxy knows no container {container_id}")
+
+    def known(self) -> dict[str, ContainerStatus]:
+        """What criproxy knows of its containers, by their ids; asked without the command, whose start would take longer
+        than what is looked for. Raises LabError."""
+        try:
+            return {found.container_id: found for found in status.ask(self.run_dir / "control.sock")}
+        except status.NoAnswer as error:
+            raise LabError(str(error)) from error
+
+    def seen(self, container_id: str) -> ContainerStatus:
+        """One of them. Raises LabError."""
+        if (found := self.known().get(container_id)) is None:
+            raise LabError(f"criproxy knows no container {container_id}")
+        return found
 
     def wait_for(self, container_id: str, state: str, *, timeout: float = 60.0) -> dict[str, Any]:
         """Wait until the container is in the state; its status then. Raises LabError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while (status := self.container(container_id))["state"] != state:
+        while (found := self.container(container_id))["state"] != state:
             if time.monotonic() > deadline:
-                raise LabError(f"Not {state} within {timeout:g} s: {status}\n{self.service.tail()}")
+                raise LabError(f"Not {state} within {timeout:g} s: {found}\n{self.service.tail()}")
             time.sleep(0.05)
-        return status
+        return found
 
     def leftovers(self) -> list[str]:
         """What is there that belongs to a pod: state files, checkpoints and pins. Empty once all pods are removed."""

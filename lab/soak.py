@@ -27,7 +27,6 @@ from typing import Any
 import grpc
 
 from criproxy.api import control_pb2 as api
-from criproxy.control import ControlError, ask_status
 from criproxy.kernel.namespaces import in_network_namespace
 from lab import LabError, dialogues, plot, requirements
 from lab.console import Console, Table, milliseconds, sentence
@@ -76,7 +75,7 @@ def main() -> int:
     try:
         requirements.check()
         soak.run(options.cycles, options.seconds)
-    except (LabError, grpc.RpcError, ControlError, OSError) as error:
+    except (LabError, grpc.RpcError, OSError) as error:
         console.bad(f"the soak failed: {sentence(error)}")
         return 1
     except KeyboardInterrupt:
@@ -368,9 +367,9 @@ class Soak:
                 play.result()
 
     def _look(self, daemon: Daemon) -> None:
-        statuses = {status.container_id: status for status in ask_status(Path(daemon.control.removeprefix("unix://")))}
+        known = daemon.known()
         for conductor in self.conductors:
-            conductor.status = statuses.get(conductor.container.id, conductor.status)
+            conductor.status = known.get(conductor.container.id, conductor.status)
 
     def _tell(self, failures: int) -> None:
         each = ", ".join(f"{c.application.image} {c.cycles}" for c in self.conductors)

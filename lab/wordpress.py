@@ -19,13 +19,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
 import pymysql
 
-from criproxy import control
-from criproxy.api import control_pb2
 from criproxy.api import cri_pb2 as cri
 from lab import LabError, client, prober, requirements
 from lab.console import Console, Table, milliseconds, sentence, size
@@ -93,12 +90,6 @@ def _select(host: str) -> list[str]:
     """A command that succeeds once the database at the address answers."""
     login = (f"--host={host}", f"--user={_LOGIN}", f"--password={_LOGIN}")
     return ["mariadb", "--no-defaults", *login, "--execute=SELECT 1"]
-
-
-def _known(daemon: Daemon, container: Container) -> control_pb2.ContainerStatus:
-    """What criproxy knows of it, asked without a process of its own: under load that takes longer than things stay."""
-    known = control.ask_status(Path(daemon.control.removeprefix("unix://")))
-    return next(status for status in known if status.container_id == container.id)
 
 
 @dataclass
@@ -212,7 +203,7 @@ class Site:
     def until_it_sleeps(self, daemon: Daemon, container: Container, *, timeout: float = 30.0) -> None:
         """One of them. Raises LabError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while (status := _known(daemon, container)).state != "scaled_down":
+        while (status := daemon.seen(container.id)).state != "scaled_down":
             if time.monotonic() > deadline:
                 raise LabError(f"{container.name} isn't scaled down within {timeout:g} s: {status}")
             time.sleep(0.05)
@@ -239,10 +230,10 @@ class Site:
     def woken(self, daemon: Daemon, *, wordpress: int, database: int) -> Iterator[None]:
         """What is done in the block wakes them so often, exactly. Raises LabError otherwise."""
         containers = (self.wordpress, self.database)
-        before = [_known(daemon, container) for container in containers]
+        before = [daemon.seen(container.id) for container in containers]
         yield
         for container, known, times in zip(containers, before, (wordpress, database), strict=True):
-            status = _known(daemon, container)
+            status = daemon.seen(container.id)
             if status.restores != known.restores + times:
                 raise LabError(f"{container.name} was to be woken {times} times; before: {known}\nthen: {status}")
 
@@ -250,12 +241,12 @@ class Site:
         """One page after the other, as `while true; do curl; done`: how long each took. Raises LabError if one isn't
         right, or if anybody was scaled down, and OSError."""
         self.page()
-        before = [_known(daemon, container).checkpoints for container in (self.wordpress, self.database)]
+        before = [daemon.seen(container.id).checkpoints for container in (self.wordpress, self.database)]
         deadline = time.monotonic() + seconds
         times = []
         while time.monotonic() < deadline:
             times.append(self.page())
-        after = [_known(daemon, container).checkpoints for container in (self.wordpress, self.database)]
+        after = [daemon.seen(container.id).checkpoints for container in (self.wordpress, self.database)]
         if after != before:
             raise LabError(f"Checkpoints of WordPress and its database under requests: {before}, then {after}")
         return times
@@ -289,7 +280,7 @@ def main() -> int:
                 Demo(console, daemon, kubelet).show(options.rounds)
                 console.say("cleaning up: the pods, criproxy, containerd")
         console.good("done: every step went well, and nothing is left behind")
-    except (LabError, control.ControlError, grpc.RpcError, OSError, pymysql.Error) as error:
+    except (LabError, grpc.RpcError, OSError, pymysql.Error) as error:
         console.bad(f"the demo failed: {sentence(error)}")
         return 1
     except KeyboardInterrupt:

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import pytest
 
-from criproxy import control
 from criproxy.api import control_pb2
 from criproxy.kernel import processes
 from lab.daemon import Daemon
@@ -259,8 +258,7 @@ def threads(pid: int) -> Iterator[int]:
 
 def seen(daemon: Daemon, container_id: str) -> control_pb2.ContainerStatus:
     """What criproxy knows of a container."""
-    path = Path(daemon.control.removeprefix("unix://"))
-    return next(c for c in control.ask_status(path) if c.container_id == container_id)
+    return daemon.seen(container_id)
 
 
 def wait_for(daemon: Daemon, container_id: str, *states: str, timeout: float = PATIENCE) -> control_pb2.ContainerStatus:

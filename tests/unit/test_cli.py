@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from criproxy import cli
+from criproxy import cli, status
 from criproxy.api import control_pb2 as api
 
 
@@ -17,7 +17,7 @@ def container(monkeypatch: pytest.MonkeyPatch) -> api.ContainerStatus:
     def ask(path: Path) -> list[api.ContainerStatus]:
         return [made]
 
-    monkeypatch.setattr(cli, "ask_status", ask)
+    monkeypatch.setattr(status, "ask", ask)
     return made
 
 
