@@ -7,7 +7,6 @@ client that comes now and then. The spread is shown because a median alone flatt
 Exits with 1 if something went wrong, or if the median time to the first byte of redis is over `--limit`.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -19,13 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from criproxy.api import control_pb2 as api
 from criproxy.api import cri_pb2 as cri
-from lab import LabError, client, plot, requirements
+from lab import LabError, client, plot
 from lab.client import Connection, Service
-from lab.console import Console, sentence
+from lab.console import Console, arguments
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.figures import Figures
@@ -53,7 +50,7 @@ ZEROPOD = "zeropod's README says of its restores that they take tens to a few hu
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.bench", description=(__doc__ or "").splitlines()[0])
+    parser = arguments("lab.bench", __doc__)
     parser.add_argument("--cycles", type=int, default=30, metavar="N", help="of each small application (default: 30)")
     parser.add_argument("--large", type=int, default=8, metavar="N", help="with much memory; 0: none (default: 8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples, for whoever compares runs")
@@ -66,16 +63,9 @@ def main() -> int:
     if options.cycles < 1 or options.large < 0:
         parser.error("--cycles takes a number from 1 on, --large one from 0 on")
     console = Console()
-    try:
-        requirements.check()
-        bench = Bench(console)
-        bench.run(options.cycles, options.large)
-    except (LabError, grpc.RpcError, OSError) as error:
-        console.bad(f"the benchmark failed: {sentence(error)}")
-        return 1
-    except KeyboardInterrupt:
-        console.bad("interrupted; everything is cleaned up")
-        return 130
+    bench = Bench(console)
+    if code := console.attempt("the benchmark", lambda: bench.run(options.cycles, options.large)):
+        return code
     bench.report(options.limit)
     if options.json:
         options.json.write_text(json.dumps(bench.as_json(), indent=1))

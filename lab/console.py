@@ -1,13 +1,22 @@
-"""What the demo and the benchmark show: lines with the time since the start, and tables. Colour only on a terminal."""
+"""The frame of the lab's commands: their arguments, how they end, and what they show: lines with the time since the
+start, and tables. Colour only on a terminal."""
 
+import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
+from lab import LabError, requirements
+
 _BOLD, _DIM, _GREEN, _RED, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[31m", "\x1b[0m"
+
+
+def arguments(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """For a module that is run by `python -m`, described by the first line of its docstring."""
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=(doc or "").partition("\n")[0])
 
 
 class Console:
@@ -37,6 +46,20 @@ class Console:
 
     def text(self, text: str = "") -> None:
         self._write(text)
+
+    def attempt(self, what: str, work: Callable[[], object], *more: type[Exception]) -> int:
+        """Does a command's work; returns its exit code. Of errors that may come, `more` are added to the usual ones."""
+        errors: tuple[type[Exception], ...] = (LabError, grpc.RpcError, OSError, *more)
+        try:
+            requirements.check()
+            work()
+        except errors as error:
+            self.bad(f"{what} failed: {sentence(error)}")
+            return 1
+        except KeyboardInterrupt:
+            self.bad("interrupted; everything is cleaned up")
+            return 130
+        return 0
 
     def _in(self, colour: str, text: str) -> str:
         return f"{colour}{text}{_PLAIN}" if self._colour else text

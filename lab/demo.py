@@ -5,7 +5,6 @@ packets over a bridge. It takes about half a minute, leaves nothing behind, and 
 well.
 """
 
-import argparse
 import itertools
 import secrets
 import statistics
@@ -14,12 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-
 from criproxy.api import cri_pb2 as cri
-from lab import LabError, client, requirements
+from lab import LabError, client
 from lab.client import Connection, Service
-from lab.console import Console, Table, milliseconds, sentence, size
+from lab.console import Console, Table, arguments, milliseconds, size
 from lab.containerd import Containerd
 from lab.daemon import COMMAND, Daemon
 from lab.kubelet import Container, Kubelet
@@ -68,31 +65,24 @@ class Times:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.demo", description="Watch redis and nginx scale to zero and wake"
-    )
+    parser = arguments("lab.demo", __doc__)
     parser.add_argument("--cycles", type=int, default=5, help="how often (default: 5)")
     options = parser.parse_args()
     console = Console()
-    try:
-        requirements.check()
-        console.say("starting a private containerd; it touches no other one on this machine")
-        with Containerd(usual=("pause", "redis", "nginx")) as containerd:
-            console.say(f"  containerd listens on {containerd.socket}")
-            console.say("starting criproxy between kubelet and containerd")
-            with Daemon(containerd) as daemon:
-                console.say(f"  criproxy listens on {daemon.endpoint.removeprefix('unix://')}")
-                with Kubelet(daemon.endpoint, containerd) as kubelet:
-                    Demo(console, daemon, kubelet).show(options.cycles)
-                    console.say("cleaning up: the pods, criproxy, containerd")
-        console.good("done: every step went well, and nothing is left behind")
-    except (LabError, grpc.RpcError, OSError) as error:
-        console.bad(f"the demo failed: {sentence(error)}")
-        return 1
-    except KeyboardInterrupt:
-        console.bad("interrupted; everything is cleaned up")
-        return 130
-    return 0
+    return console.attempt("the demo", lambda: _demonstrate(console, options.cycles))
+
+
+def _demonstrate(console: Console, cycles: int) -> None:
+    console.say("starting a private containerd; it touches no other one on this machine")
+    with Containerd(usual=("pause", "redis", "nginx")) as containerd:
+        console.say(f"  containerd listens on {containerd.socket}")
+        console.say("starting criproxy between kubelet and containerd")
+        with Daemon(containerd) as daemon:
+            console.say(f"  criproxy listens on {daemon.endpoint.removeprefix('unix://')}")
+            with Kubelet(daemon.endpoint, containerd) as kubelet:
+                Demo(console, daemon, kubelet).show(cycles)
+                console.say("cleaning up: the pods, criproxy, containerd")
+    console.good("done: every step went well, and nothing is left behind")
 
 
 class Demo:

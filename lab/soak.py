@@ -9,7 +9,6 @@ served exactly once (`lab/dialogues.py`).
 Exits with 1 if anything failed, or if the cycles weren't reached in time.
 """
 
-import argparse
 import contextlib
 import json
 import random
@@ -24,12 +23,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from criproxy.api import control_pb2 as api
 from criproxy.kernel.namespaces import in_network_namespace
-from lab import LabError, dialogues, plot, requirements
-from lab.console import Console, Table, milliseconds, sentence
+from lab import LabError, dialogues, plot
+from lab.console import Console, Table, arguments, milliseconds
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.dialogues import APPLICATIONS, Application, Session
@@ -56,7 +53,7 @@ _TIME_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.soak", description=(__doc__ or "").splitlines()[0])
+    parser = arguments("lab.soak", __doc__)
     parser.add_argument(
         "--cycles", type=int, default=1000, metavar="N", help="restores of all together (default: 1000)"
     )
@@ -72,15 +69,8 @@ def main() -> int:
     console = Console()
     seed = random.randrange(1 << 32) if options.seed is None else options.seed
     soak = Soak(console, [APPLICATIONS[name] for name in names], seed)
-    try:
-        requirements.check()
-        soak.run(options.cycles, options.seconds)
-    except (LabError, grpc.RpcError, OSError) as error:
-        console.bad(f"the soak failed: {sentence(error)}")
-        return 1
-    except KeyboardInterrupt:
-        console.bad("interrupted; everything is cleaned up")
-        return 130
+    if code := console.attempt("the soak", lambda: soak.run(options.cycles, options.seconds)):
+        return code
     soak.report()
     if options.json:
         options.json.write_text(json.dumps(soak.as_json(), indent=1))

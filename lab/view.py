@@ -6,7 +6,6 @@ with View(containerd, daemon, kubelet) as view:
     view.visit()           # a client that isn't kubelet, from the same address, wakes each of them
 """
 
-import argparse
 import contextlib
 import sys
 import threading
@@ -17,8 +16,8 @@ from types import TracebackType
 import grpc
 
 from criproxy.api import cri_pb2 as cri
-from lab import LabError, client, prober, requirements
-from lab.console import Console, sentence
+from lab import LabError, client, prober
+from lab.console import Console, arguments
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet
@@ -29,29 +28,24 @@ _RELIST_SECONDS = 1.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.view", description=(__doc__ or "").splitlines()[0])
+    parser = arguments("lab.view", __doc__)
     parser.add_argument("--seconds", type=float, default=300, metavar="S", help="how long to watch (default: 300)")
     options = parser.parse_args()
     console = Console()
-    try:
-        requirements.check()
-        with (
-            Containerd() as lab,
-            Daemon(lab) as daemon,
-            Kubelet(daemon.endpoint, lab) as kubelet,
-            View(lab, daemon, kubelet, console.say) as view,
-        ):
-            view.settle()
-            view.watch(options.seconds)
-            view.visit()
-    except (LabError, grpc.RpcError, OSError) as error:
-        console.bad(f"kubelet would see something else: {sentence(error)}")
-        return 1
-    except KeyboardInterrupt:
-        console.bad("interrupted; everything is cleaned up")
-        return 130
+    return console.attempt("what kubelet sees", lambda: _view(console, options.seconds))
+
+
+def _view(console: Console, seconds: float) -> None:
+    with (
+        Containerd() as lab,
+        Daemon(lab) as daemon,
+        Kubelet(daemon.endpoint, lab) as kubelet,
+        View(lab, daemon, kubelet, console.say) as view,
+    ):
+        view.settle()
+        view.watch(seconds)
+        view.visit()
     console.good("to kubelet the pod was healthy all the time, and it slept")
-    return 0
 
 
 class View:

@@ -6,7 +6,6 @@ ingress that keeps connections open. It takes about three minutes, leaves nothin
 step went well.
 """
 
-import argparse
 import contextlib
 import http.client
 import secrets
@@ -20,12 +19,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import grpc
 import pymysql
 
 from criproxy.api import cri_pb2 as cri
-from lab import LabError, client, prober, requirements
-from lab.console import Console, Table, milliseconds, sentence, size
+from lab import LabError, client, prober
+from lab.console import Console, Table, arguments, milliseconds, size
 from lab.containerd import Containerd
 from lab.daemon import COMMAND, Daemon
 from lab.kubelet import Container, Kubelet
@@ -265,28 +263,21 @@ class Site:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.wordpress", description="Watch WordPress and its database scale to zero and wake"
-    )
+    parser = arguments("lab.wordpress", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often each is woken (default: 3)")
     options = parser.parse_args()
     console = Console()
-    try:
-        requirements.check()
-        console.say("starting a private containerd; it touches no other one on this machine")
-        with Containerd(usual=IMAGES) as containerd:
-            console.say("starting criproxy between kubelet and containerd")
-            with Daemon(containerd) as daemon, Kubelet(daemon.endpoint, containerd) as kubelet:
-                Demo(console, daemon, kubelet).show(options.rounds)
-                console.say("cleaning up: the pods, criproxy, containerd")
-        console.good("done: every step went well, and nothing is left behind")
-    except (LabError, grpc.RpcError, OSError, pymysql.Error) as error:
-        console.bad(f"the demo failed: {sentence(error)}")
-        return 1
-    except KeyboardInterrupt:
-        console.bad("interrupted; everything is cleaned up")
-        return 130
-    return 0
+    return console.attempt("the demo", lambda: _demonstrate(console, options.rounds), pymysql.Error)
+
+
+def _demonstrate(console: Console, rounds: int) -> None:
+    console.say("starting a private containerd; it touches no other one on this machine")
+    with Containerd(usual=IMAGES) as containerd:
+        console.say("starting criproxy between kubelet and containerd")
+        with Daemon(containerd) as daemon, Kubelet(daemon.endpoint, containerd) as kubelet:
+            Demo(console, daemon, kubelet).show(rounds)
+            console.say("cleaning up: the pods, criproxy, containerd")
+    console.good("done: every step went well, and nothing is left behind")
 
 
 @dataclass
