@@ -24,7 +24,7 @@ from types import TracebackType
 import grpc
 
 from criproxy.api import cri_pb2 as cri
-from lab import BUILD, LabError, cgroups, image_name, images
+from lab import BUILD, LabError, cgroups, image_name, images, recipes
 from lab.process import Service, ended_by_signals, run, undisturbed
 
 _MOST_LABS = 40
@@ -68,7 +68,7 @@ disabled_plugins = ["io.containerd.internal.v1.tracing", "io.containerd.snapshot
 class Containerd:
     """See the module's text. `usual` are the images that are imported at the start, `network` is one of NETWORKS."""
 
-    def __init__(self, *, usual: tuple[str, ...] = images.USUAL, network: str = "bridge") -> None:
+    def __init__(self, *, usual: tuple[str, ...] = recipes.USUAL, network: str = "bridge") -> None:
         self._usual = usual
         self._kind = network
         self._stack = contextlib.ExitStack()

@@ -21,8 +21,8 @@ from typing import Any, Protocol, Self
 import pg8000.native
 import pymysql
 
-from lab.images import LARGE_PAGE
 from lab.kubelet import Container
+from lab.recipes import LARGE_PAGE
 
 # Seconds that a caller waits for an answer. A wake takes a tenth of one on a busy machine.
 PATIENCE = 15.0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import grpc
 
 from criproxy.api import cri_pb2 as cri
-from lab import LabError, images
+from lab import LabError, recipes
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet
 from lab.up import lab
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.pod", description="Pods in the lab of `make up`")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a pod with one container")
-    run.add_argument("image", help=f"one of {', '.join(images.RECIPES)}, or any that containerd has")
+    run.add_argument("image", help=f"one of {', '.join(recipes.RECIPES)}, or any that containerd has")
     run.add_argument("annotations", nargs="*", metavar="KEY=VALUE", help="the pod's annotations")
     run.add_argument("--name", help="the pod's name (default: the image's)")
     run.add_argument("--command", dest="argv", nargs=argparse.REMAINDER, default=[], help="what it runs instead")

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from lab import BUILD, CHECKOUT, LabError, image_name, images, requirements
+from lab import BUILD, CHECKOUT, LabError, image_name, recipes, requirements
 from lab.containerd import Containerd
 from lab.daemon import COMMAND, Daemon
 
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def _stay() -> None:
-    with Containerd(usual=tuple(images.RECIPES)) as containerd, Daemon(containerd) as daemon:
+    with Containerd(usual=tuple(recipes.RECIPES)) as containerd, Daemon(containerd) as daemon:
         _RECORD.write_text(f"{os.getpid()} {_start_time(os.getpid())} {containerd.number}")
         unfinished = _REPORT.with_suffix(".unfinished")
         unfinished.write_text(_report(containerd, daemon))
@@ -54,7 +54,7 @@ def _stay() -> None:
 
 
 def _report(containerd: Containerd, daemon: Daemon) -> str:
-    names = ", ".join(image_name(name) for name in images.RECIPES)
+    names = ", ".join(image_name(name) for name in recipes.RECIPES)
     return (
         f"criproxy's CRI socket   {daemon.endpoint}\n"
         f"containerd's own        {containerd.endpoint}\n"

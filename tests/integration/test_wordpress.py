@@ -12,7 +12,7 @@ import pytest
 
 from lab.containerd import Containerd
 from lab.daemon import Daemon
-from lab.images import USUAL
+from lab.recipes import USUAL
 from lab.kubelet import Kubelet
 from lab.prober import Prober
 from lab.wordpress import IMAGES, Site
