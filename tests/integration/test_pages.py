@@ -7,14 +7,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from box import Box, until
-from specimen import QUICK, Specimen, eventually, seen, wait_for
+from box import Box
+from specimen import PATIENCE, QUICK, Specimen, eventually, seen, wait_for
 
 from criproxy.criu import init, pages
 from criproxy.criu.checkpoint import Criu
@@ -40,7 +39,7 @@ def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(box: Callable[..., Box], memory: Path) -> Iterator[Callable[[int], Box]]:
+def start(box: Callable[..., Box], memory: Path, tmp_path: Path) -> Iterator[Callable[[int], Box]]:
     def start(mebibytes: int) -> Box:
         def mount(config: dict[str, Any]) -> None:
             config["mounts"].append(
@@ -52,16 +51,18 @@ def start(box: Callable[..., Box], memory: Path) -> Iterator[Callable[[int], Box
         return container
 
     yield start
-    until(lambda: not loaders(), complaint=lambda: f"left behind: {loaders()}")
+    eventually(lambda: not loaders(tmp_path), "no loader is left")
 
 
-def loaders() -> list[int]:
-    """The processes of native/pages.c that there are."""
+def loaders(place: Path) -> list[int]:
+    """The processes of native/pages.c that load from a folder below that place."""
     found = []
     for name in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, IndexError):
             if name.isdigit() and os.path.samefile(f"/proc/{name}/exe", pages.PROGRAM):
-                found.append(int(name))
+                folder = Path(f"/proc/{name}/cmdline").read_text().split("\0")[1]
+                if Path(os.readlink(f"/proc/{name}/fd/{folder}")).is_relative_to(place):
+                    found.append(int(name))
     return found
 
 
@@ -71,10 +72,33 @@ async def lazily(criu: Criu, container: Box, images: Path) -> Loader:
     return loader
 
 
+async def halfway(criu: Criu, container: Box, images: Path) -> Loader:
+    """A restore whose loader is stopped before it has loaded all, for which a busy machine may need several."""
+    for _ in range(20):
+        loader = await lazily(criu, container, images)
+        stop(loader)
+        if not loader.loaded():
+            return loader
+        go_on(loader)
+        assert await loader.ended()
+        await criu.dump(container.pid, images)
+    pytest.fail("it has always loaded all at once")
+
+
+def stop(loader: Loader) -> None:
+    if loader._process.alive():
+        os.kill(loader._process.pid, signal.SIGSTOP)
+
+
+def go_on(loader: Loader) -> None:
+    if loader._process.alive():
+        os.kill(loader._process.pid, signal.SIGCONT)
+
+
 async def tell(container: Box, command: str) -> None:
     os.write(container.stdin, f"{command}\n".encode())
     heard = ""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while "good" not in heard:
             heard += container.said()
             assert "bad" not in heard, heard
@@ -87,19 +111,21 @@ async def test_whatever_it_does_meanwhile_every_page_is_right(
 ) -> None:
     """It forks, discards, unmaps and moves what isn't there yet."""
     container = start(192)
-    early = 0
-    for cycle in range(8):
+    cycle = early = 0
+    # Without early looks nothing would be tested.
+    while cycle < 8 or early < 4:
+        assert cycle < 100
         await criu.dump(container.pid, images)
         loader = await lazily(criu, container, images)
         early += not loader.loaded()
         if cycle % 2:
             await tell(container, "check")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             assert await loader.ended(), loader.last_words()
         if cycle == 5:
             await tell(container, "wide")
         await tell(container, "check")
-    assert early >= 4  # or nothing was tested
+        cycle += 1
     assert await criu.verify(container.pid, images) == []
 
 
@@ -123,34 +149,36 @@ async def test_the_memory_is_the_containers(start: Callable[[int], Box], criu: C
     before = group.anonymous()
     assert before > 60 * MIB
     await criu.dump(container.pid, images)
-    assert group.anonymous() < 20 * MIB
+    # The kernel brings its sums up to date within two seconds.
+    eventually(lambda: group.anonymous() < 20 * MIB, "it is free")
     loader = await lazily(criu, container, images)
     assert await loader.ended()
-    assert abs(group.anonymous() - before) < 20 * MIB
+    eventually(lambda: abs(group.anonymous() - before) < 20 * MIB, "it is charged again")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
 async def test_without_its_loader_it_waits_and_never_reads_zeros(
     signum: int, start: Callable[[int], Box], criu: Criu, images: Path
 ) -> None:
-    container = start(512)
+    container = start(256)
     await tell(container, "rest")
     await criu.dump(container.pid, images)
-    loader = await lazily(criu, container, images)
+    loader = await halfway(criu, container, images)
     os.kill(loader._process.pid, signum)
+    go_on(loader)
     assert not await loader.ended()
     os.write(container.stdin, b"check\n")
     await asyncio.sleep(0.5)
     assert container.said() == ""  # neither "good" nor "bad"
     # The keeper holds on to what it waits for, as long as it waits.
-    assert len(loaders()) == 1
+    assert len(loaders(images)) == 1
     assert Loader.adopt(images) is not None
     # It can be killed, and the command started afresh.
     init.hold(container.pid)
     # All of it: the guard's own pages are missing, too.
     for pid in processes.tree(container.pid)[1:]:
         os.kill(pid, signal.SIGKILL)
-    until(lambda: not processes.children(container.pid))
+    eventually(lambda: not processes.children(container.pid), "all have ended")
     init.start(container.pid)
     container.hear("ready")
     loader.close()
@@ -161,34 +189,48 @@ async def test_without_its_loader_it_waits_and_never_reads_zeros(
 
 @pytest.fixture
 def specimen(kubelet: Kubelet, program: Path) -> Iterator[Specimen]:
-    """With 600 MiB, which take a while."""
+    """With 300 MiB, which take a while."""
     with kubelet.run_pod(annotations=QUICK) as pod:
         made = Specimen.run(pod, program)
-        made.tell("fill 600")
+        made.tell("fill 300")
         made.tell("set a text")
         yield made
 
 
-def woken(specimen: Specimen, daemon: Daemon) -> Loader:
-    wait_for(daemon, specimen.id, "scaled_down")
-    assert specimen.ask("get") == "a text"
-    loader = Loader.adopt(daemon.state_dir / "containers" / specimen.id / "checkpoint")
-    assert loader is not None
-    assert not loader.loaded()
-    return loader
+@contextlib.contextmanager
+def woken(specimen: Specimen, daemon: Daemon) -> Iterator[Loader]:
+    """It has been restored, and its loader is stopped before it has loaded all, until the block ends. A busy machine
+    may need several restores for that."""
+    for _ in range(20):
+        wait_for(daemon, specimen.id, "scaled_down")
+        assert specimen.ask("get") == "a text"
+        loader = Loader.adopt(daemon.state_dir / "containers" / specimen.id / "checkpoint")
+        if loader is None:
+            continue
+        stop(loader)
+        try:
+            if loader._process.alive() and not loader.loaded():
+                yield loader
+                return
+        finally:
+            go_on(loader)
+    pytest.fail("it has always loaded all at once")
 
 
 def test_its_checkpoint_is_kept_until_all_is_loaded(specimen: Specimen, daemon: Daemon) -> None:
+    checkpoint = daemon.state_dir / "containers" / specimen.id / "checkpoint"
+    told = "its memory is still being loaded"
     for _ in range(3):
-        woken(specimen, daemon)
-        assert seen(daemon, specimen.id).reason == "its memory is still being loaded"
-    eventually(lambda: not (daemon.state_dir / "containers" / specimen.id / "checkpoint").exists(), "it is deleted")
-    eventually(lambda: not loaders(), "no loader is left")
+        with woken(specimen, daemon):
+            eventually(lambda: seen(daemon, specimen.id).reason == told, "it says so")
+            assert checkpoint.exists()
+    eventually(lambda: not checkpoint.exists(), "it is deleted")
+    eventually(lambda: not loaders(daemon.state_dir), "no loader is left")
 
 
 def test_without_its_loader_it_is_started_afresh_and_says_so(specimen: Specimen, daemon: Daemon) -> None:
-    loader = woken(specimen, daemon)
-    os.kill(loader._process.pid, signal.SIGKILL)
+    with woken(specimen, daemon) as loader:
+        os.kill(loader._process.pid, signal.SIGKILL)
     # In its log, as it may be asleep again before anybody looks at its status.
     lost = "its state was lost: what loads its memory after the restore has ended too soon"
     eventually(lambda: lost in daemon.service.output(), "it says so")
@@ -196,14 +238,14 @@ def test_without_its_loader_it_is_started_afresh_and_says_so(specimen: Specimen,
     for _ in range(2):
         assert specimen.ask("get") == "nothing"
         wait_for(daemon, specimen.id, "scaled_down")
-    eventually(lambda: not loaders(), "no loader is left")
+    eventually(lambda: not loaders(daemon.state_dir), "no loader is left")
 
 
 def test_a_killed_daemons_successor_waits_for_the_rest(specimen: Specimen, daemon: Daemon) -> None:
     for _ in range(3):
-        loader = woken(specimen, daemon)
-        daemon.kill()
-        daemon.start()
+        with woken(specimen, daemon) as loader:
+            daemon.kill()
+            daemon.start()
         assert specimen.ask("get") == "a text"
         assert wait_for(daemon, specimen.id, "scaled_down").reason == ""
         assert (
@@ -212,9 +254,9 @@ def test_a_killed_daemons_successor_waits_for_the_rest(specimen: Specimen, daemo
 
 
 def test_a_killed_daemons_successor_sees_that_the_rest_is_lost(specimen: Specimen, daemon: Daemon) -> None:
-    loader = woken(specimen, daemon)
-    daemon.kill()
-    os.kill(loader._process.pid, signal.SIGKILL)
+    with woken(specimen, daemon) as loader:
+        daemon.kill()
+        os.kill(loader._process.pid, signal.SIGKILL)
     daemon.start()
     # In its log, as it may have gone to sleep again before the daemon answers.
     eventually(lambda: "its state was lost" in daemon.service.output(), "it says so")
@@ -224,10 +266,11 @@ def test_a_killed_daemons_successor_sees_that_the_rest_is_lost(specimen: Specime
 def test_a_pod_is_removed_while_it_loads(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
     with kubelet.run_pod(annotations=QUICK) as pod:
         specimen = Specimen.run(pod, program)
-        specimen.tell("fill 600")
+        specimen.tell("fill 300")
         specimen.tell("set a text")
-        woken(specimen, daemon)
-    eventually(lambda: not loaders(), "no loader is left")
+        with woken(specimen, daemon):
+            pass
+    eventually(lambda: not loaders(daemon.state_dir), "no loader is left")
 
 
 # --- With runc alone --------------------------------------------------------------------------------------------------
@@ -236,12 +279,13 @@ def test_a_pod_is_removed_while_it_loads(kubelet: Kubelet, program: Path, daemon
 async def test_a_container_that_ends_meanwhile_ends_its_loader(
     start: Callable[[int], Box], criu: Criu, images: Path
 ) -> None:
-    container = start(512)
+    container = start(256)
     await tell(container, "rest")
     await criu.dump(container.pid, images)
-    loader = await lazily(criu, container, images)
+    loader = await halfway(criu, container, images)
     os.kill(container.pid, signal.SIGKILL)
-    async with asyncio.timeout(5):
+    go_on(loader)
+    async with asyncio.timeout(PATIENCE):
         assert await loader.ended()
     assert container.wait() == 137
 
@@ -255,10 +299,9 @@ async def test_a_loader_that_is_lost_in_the_middle_of_a_restore(
     for _ in range(2):
         loader = criu.loader(images)
         os.kill(loader._process.pid, signal.SIGKILL)
-        began = time.monotonic()
         with pytest.raises(RestoreError):
-            await criu.restore(container.pid, images, None, loader)
-        assert time.monotonic() - began < 5
+            async with asyncio.timeout(PATIENCE):
+                await criu.restore(container.pid, images, None, loader)
         loader.close()
         assert processes.children(container.pid) == []
     await criu.restore(container.pid, images)
@@ -270,9 +313,10 @@ async def test_another_daemon_finds_it(start: Callable[[int], Box], criu: Criu, 
     await tell(container, "rest")
     await criu.dump(container.pid, images)
     assert Loader.adopt(images) is None
-    loader = await lazily(criu, container, images)
+    loader = await halfway(criu, container, images)
     found = Loader.adopt(images)
     assert found is not None
+    go_on(loader)
     assert await found.ended()
     await loader.ended()
     assert await found.ended()
