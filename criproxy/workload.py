@@ -216,9 +216,8 @@ class Workload(Processes):
                 (self._images / _ANONYMOUS).write_text(str(anonymous))
             if not unless.is_set():
                 self._cgroup.reclaim()
-                # The files are the thread's to close, as it goes on if we are cancelled.
-                cooling = asyncio.to_thread(page_cache.cool, files, unless.is_set, stack.pop_all())
-                await asyncio.shield(cooling)
+                # Not waited for; who wants the container meanwhile ends it. The files are the thread's to close.
+                asyncio.get_running_loop().run_in_executor(None, page_cache.cool, files, unless.is_set, stack.pop_all())
         return sum(f.stat().st_size for f in self._images.iterdir())
 
     async def snapshot(self, folder: Path, unless: asyncio.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -89,12 +90,12 @@ def test_statistics_are_true_in_every_state(
         used = seen_by_cadvisor = 0
         for cycle in range(3):
             for state in ("running", "scaled_down"):
-                if state == "running":
-                    specimen.ask("count")
-                else:
-                    wait_for(daemon, specimen.id, "scaled_down")
-                told, (nanoseconds, bytes_) = statistics(specimen.container), cadvisor(specimen.container)
-                assert seen(daemon, specimen.id).state == state
+                with specimen.awake() if state == "running" else contextlib.nullcontext():
+                    wait_for(daemon, specimen.id, state)
+                    if state == "scaled_down" and wishes is not FREEZE:
+                        eventually(lambda: specimen.container.memory() < 8 * MIB, "its memory is free")
+                    told, (nanoseconds, bytes_) = statistics(specimen.container), cadvisor(specimen.container)
+                    assert seen(daemon, specimen.id).state == state
                 # Processor time goes on where it was; it is never less than it was.
                 assert min(one.cpu.usage_core_nano_seconds.value for one in told) >= used > -1
                 used = max(one.cpu.usage_core_nano_seconds.value for one in told)
@@ -116,15 +117,17 @@ def test_what_a_container_sleeps_with_is_little_and_its_own(kubelet: Kubelet, da
         with container.attach():  # it stays awake meanwhile
             service.wait()
             root, files = Path(f"/proc/{init_pid(container)}/root"), programs(application_pid(container))
+        bundle = [path for path in (daemon.state_dir / "bundles").rglob("*") if path.is_file()]
         for cycle in range(4):
             wait_for(daemon, container.id, "scaled_down")
             if cycle == 0:
-                # Now nobody has them mapped, and what was unpacked a moment ago is on the disk after that: as after a
-                # boot, whoever is woken first finds nothing in memory.
+                # As after a boot, whoever is woken first finds nothing in memory. What was unpacked a moment ago has to
+                # be on the disk for that, and nobody may have it mapped any more.
                 os.sync()
-                bundle = [path for path in (daemon.state_dir / "bundles").rglob("*") if path.is_file()]
-                for path in [*bundle, *(root / file for file in files)]:
+                for path in bundle:
                     forget(path)
+                for file in files:
+                    eventually(functools.partial(dropped, root / file), f"{file} isn't in memory")
             service.first_byte()
         wait_for(daemon, container.id, "scaled_down")
         number = next(folder for folder in container.cgroups() if (folder / "memory.stat").exists()).stat().st_ino
@@ -132,7 +135,12 @@ def test_what_a_container_sleeps_with_is_little_and_its_own(kubelet: Kubelet, da
         assert sum(sum(charged(path).values()) for path in bundle) > 2 * MIB
         own = sum(charged(root / file)[number] for file in files)
         assert own > 4 * MIB
-        assert container.memory() < own / 8
+        eventually(lambda: container.memory() < own / 8, "what it doesn't use is inactive")
+
+
+def dropped(path: Path) -> bool:
+    forget(path)
+    return not charged(path)
 
 
 def programs(pid: int) -> set[str]:
@@ -180,7 +188,7 @@ def end(container: Container) -> tuple[int, str, str]:
     found = container.wait()
     now = time.time_ns()
     assert found.created_at <= found.started_at <= found.finished_at <= now
-    assert now - found.finished_at < 20e9
+    assert now - found.finished_at < 3600e9
     return found.exit_code, found.reason, found.message
 
 
@@ -197,8 +205,8 @@ def test_running_out_of_memory(cycles: int, kubelet: Kubelet, direct: Kubelet, p
                 wait_for(daemon, specimen.id, "scaled_down")
             specimen.end("fill 64")
             ends.append(end(specimen.container))
-            assert specimen.log[0] == "listening"
-            assert specimen.log[1:] == ["still here"] * (cycles if one is kubelet else 0)
+            said = ["listening", *(["still here"] * (cycles if one is kubelet else 0))]
+            eventually(lambda s=specimen, w=said: s.log == w, f"it has said {said}")
     assert ends == [(137, "OOMKilled", "")] * 2
 
 
@@ -211,7 +219,7 @@ def test_a_crash_right_after_a_restore_is_like_any(pod: Pod, program: Path, daem
         connection.send("die 11")
         assert connection.ended()
     assert end(specimen.container) == (139, "Error", "")
-    assert specimen.log == ["listening", "last words"]
+    specimen.has_said("listening", "last words")
 
 
 # --- Resources ---------------------------------------------------------------------------------------------------
@@ -243,7 +251,12 @@ def quota(container: Container) -> int:
 
 def processors(container: Container) -> set[str]:
     """Those that its processes may use, as the kernel says."""
-    return {status(pid)["Cpus_allowed_list"] for pid in container_pids(container)}
+    found = set()
+    for pid in container_pids(container):
+        # Ended meanwhile.
+        with contextlib.suppress(OSError):
+            found.add(status(pid)["Cpus_allowed_list"])
+    return found
 
 
 @pytest.mark.parametrize("memory", [8, 40], ids=["at once", "lazily"])
@@ -256,7 +269,7 @@ def test_a_restore_that_does_not_fit_ends_like_any_that_runs_out_of_memory(
     update(specimen.container, memory_limit_in_bytes=memory * MIB // 2)
     assert memory_limit(specimen.container) == memory * MIB // 2
     with contextlib.suppress(OSError, AssertionError):
-        specimen.ask("count", timeout=30)
+        specimen.ask("count")
     assert end(specimen.container) == (137, "OOMKilled", "")
 
 
@@ -301,12 +314,17 @@ def test_limits_that_are_changed_in_the_middle_of_a_restore_stay(
     with kubelet.run_pod(annotations={**QUICK, "criproxy.io/lazy-pages": "never"}) as pod:
         specimen = Specimen.run(pod, program, memory=250, memory_limit=500 * MIB, cpu_limit=0.5)
         for wanted in (40_000, -1, 30_000):
-            wait_for(daemon, specimen.id, "scaled_down", timeout=30)
-            asking = threading.Thread(target=specimen.ask, args=("count",), kwargs={"timeout": 30})
-            asking.start()
-            wait_for(daemon, specimen.id, "restoring")
+            asking: list[threading.Thread] = []
+
+            def ask(asking: list[threading.Thread] = asking) -> None:
+                asking.append(threading.Thread(target=specimen.ask, args=("count",)))
+                asking[-1].start()
+
+            wait_for(daemon, specimen.id, "scaled_down")
+            meet(daemon, specimen, "restoring", ask)
             update(specimen.container, cpu_quota=wanted, cpu_period=100_000)
-            asking.join()
+            for one in asking:
+                one.join()
             wait_for(daemon, specimen.id, "running", "parking", "checkpointing", "scaled_down")
             assert quota(specimen.container) == wanted
         assert not list((daemon.state_dir / "containers" / specimen.id).glob("limits.json*"))
