@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     workload: Any = Workload.__new__(Workload)
-    workload.init_pid, workload._images, workload._loader, workload._close = 1, tmp_path, None, False
+    workload.init_pid, workload._images, workload._loader, workload._close = os.getpid(), tmp_path, None, False
     workload._unix_sockets, workload._stop_clock = list, True
     workload._criu = SimpleNamespace(dump=dump)
     workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None, procs=list, room=lambda: None)
