@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
+from specimen import PATIENCE, eventually
 
 from criproxy.api import cri_pb2 as cri
 from lab import image_name
@@ -62,7 +63,7 @@ def through(request: pytest.FixtureRequest, containerd: Containerd) -> Iterator[
         yield client
 
 
-def outcome(client: Kubelet, method: str, request: bytes, *, timeout: float = 20.0) -> dict[str, Any]:
+def outcome(client: Kubelet, method: str, request: bytes, *, timeout: float = 60.0) -> dict[str, Any]:
     """All that a client can see of a call, by its full name."""
     call = client.channel.unary_stream(method)(request, timeout=timeout)
     messages: list[bytes] = []
@@ -180,15 +181,28 @@ def test_a_streaming_call_that_containerd_ends_at_once_always_ends_the_same(dire
 
 def test_events_arrive(direct, through):
     """Where containerd has them (1.7 and later); before, the call fails as it does there."""
-    method = f"/runtime.v1.{RUNTIME}/GetContainerEvents"
-    if outcome(direct, method, b"", timeout=0.5)["code"] is grpc.StatusCode.UNIMPLEMENTED:
+    version = direct.call("Version", cri.VersionRequest(), cri.VersionResponse).runtime_version
+    if [int(number) for number in version.lstrip("v").split(".")[:2]] < [1, 7]:
+        method = f"/runtime.v1.{RUNTIME}/GetContainerEvents"
         assert_same(direct, through, method, b"", grpc.StatusCode.UNIMPLEMENTED)
         return
-    with contextlib.closing(through.events()) as events, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        first = pool.submit(next, events)
-        time.sleep(0.2)
-        pod = direct.run_pod("plain")
-        assert first.result(10).container_id == pod.id
+    told: set[str] = set()
+
+    def listen() -> None:
+        with contextlib.suppress(grpc.RpcError):
+            told.update(event.container_id for event in through.events())
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(listen)
+        try:
+            # Nobody says when containerd has begun to listen; and it tells of earlier pods, too.
+            pods: set[str] = set()
+            while not pods & told:
+                assert len(pods) < 20
+                pods.add(direct.run_pod("plain").id)
+                time.sleep(0.5)
+        finally:
+            through.channel.close()
 
 
 def test_a_container_lives_and_dies_as_without_the_proxy(direct, through):
@@ -196,13 +210,14 @@ def test_a_container_lives_and_dies_as_without_the_proxy(direct, through):
     for client in (direct, through):
         pod = client.run_pod("plain")
         container = pod.create_container(
-            "busybox", "app", command=["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"]
+            "busybox", "app", command=["sh", "-c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"]
         )
         container.start()
+        eventually(lambda c=container: c.log.exists() and c.logs() == "ready\n", "it takes its stop signal")
         spec = json.loads(container.status_response().info["info"])
         echo = container.exec_sync("sh", "-c", "echo out; echo err >&2; exit 3")
         before = container.status().state
-        container.stop(5)
+        container.stop(60)
         status = container.status()
         seen.append(
             {
@@ -235,11 +250,9 @@ def test_the_deadline_reaches_containerd(direct, through):
     container = pod.run("busybox", command=["sleep", "1000"])
     for client in (direct, through):
         request = cri.ExecSyncRequest(container_id=container.id, cmd=["sleep", "321"])
-        begin = time.monotonic()
         result = outcome(client, f"/runtime.v1.{RUNTIME}/ExecSync", request.SerializeToString(), timeout=0.5)
         assert result["code"] is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert time.monotonic() - begin < 2
-        assert_ends(container, "sleep 321")
+        eventually(lambda: "sleep 321" not in container.exec_sync("ps").stdout, "it is ended")
 
 
 def test_cancellation_reaches_containerd(direct, through):
@@ -248,17 +261,9 @@ def test_cancellation_reaches_containerd(direct, through):
     for client in (direct, through):
         request = cri.ExecSyncRequest(container_id=container.id, cmd=["sleep", "321"])
         call = client.channel.unary_unary(f"/runtime.v1.{RUNTIME}/ExecSync").future(request.SerializeToString())
-        time.sleep(0.5)
-        assert "sleep 321" in container.exec_sync("ps").stdout
+        eventually(lambda: "sleep 321" in container.exec_sync("ps").stdout, "it runs")
         call.cancel()
-        assert_ends(container, "sleep 321")
-
-
-def assert_ends(container: Any, command: str) -> None:
-    deadline = time.monotonic() + 5
-    while command in (processes := container.exec_sync("ps").stdout):
-        assert time.monotonic() < deadline, processes
-        time.sleep(0.1)
+        eventually(lambda: "sleep 321" not in container.exec_sync("ps").stdout, "it is ended")
 
 
 def test_output_of_megabytes_passes(direct, through):
@@ -277,7 +282,7 @@ def test_thirty_at_once(direct, through):
     with concurrent.futures.ThreadPoolExecutor(30) as pool:
         futures = [pool.submit(outcome, through, f"/runtime.v1.{RUNTIME}/Version", request) for _ in range(600)]
         for future in futures:
-            assert future.result(20) == expected
+            assert future.result(PATIENCE) == expected
 
 
 def test_containerd_goes_and_comes_back(containerd, direct, through):
@@ -286,13 +291,10 @@ def test_containerd_goes_and_comes_back(containerd, direct, through):
     containerd.service.stop()
     try:
         for _ in range(3):
-            begin = time.monotonic()
-            assert outcome(through, method, b"", timeout=20)["code"] is grpc.StatusCode.UNAVAILABLE
-            assert time.monotonic() - begin < 0.5
+            # At once: a call that waited for containerd would have ended with its deadline.
+            assert outcome(through, method, b"")["code"] is grpc.StatusCode.UNAVAILABLE
     finally:
         containerd.start()
-    # For its first moments it serves, and says that it isn't initialized yet.
-    while (expected := outcome(direct, method, b""))["code"] is grpc.StatusCode.UNKNOWN:
-        time.sleep(0.05)
+    expected = outcome(direct, method, b"")
     assert expected["code"] is grpc.StatusCode.OK
     assert outcome(through, method, b"") == expected

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specimen import PORT, QUICK, Connection, Specimen, build, eventually, never, seen, wait_for
+from specimen import PATIENCE, PORT, QUICK, Connection, Specimen, build, eventually, never, seen, wait_for
 
 from criproxy.api import cri_pb2 as cri
 from criproxy.kernel.namespaces import in_network_namespace
@@ -19,9 +19,9 @@ from lab.kubelet import Kubelet
 
 CHECKPOINT = {**QUICK, "criproxy.io/tier": "checkpoint", "criproxy.io/container-names": "specimen"}
 SIDECAR = 15006
-REDIRECT = "iptables -t nat -A PREROUTING -i eth0 -p tcp --dport {port} -j REDIRECT --to-ports {sidecar}"
+REDIRECT = "iptables -w -t nat -A PREROUTING -i eth0 -p tcp --dport {port} -j REDIRECT --to-ports {sidecar}"
 TPROXY = (
-    "iptables -t mangle -A PREROUTING -i eth0 -p tcp --dport {port} -j TPROXY --on-port {sidecar} --tproxy-mark 1",
+    "iptables -w -t mangle -A PREROUTING -i eth0 -p tcp --dport {port} -j TPROXY --on-port {sidecar} --tproxy-mark 1",
     "ip rule add fwmark 1 lookup 100",
     "ip route add local 0.0.0.0/0 dev lo table 100",
 )
@@ -43,8 +43,8 @@ def impatient(made: socket.socket) -> None:
 def connect_from(client: Specimen | None, address: str, port: int) -> Connection:
     """A connection from another container's network; None: from the node's."""
     if client is None:
-        return Connection(address, port, 10.0)
-    return in_network_namespace(Path(f"/proc/{client.init()}/ns/net"), lambda: Connection(address, port, 10.0))
+        return Connection(address, port, PATIENCE)
+    return in_network_namespace(Path(f"/proc/{client.init()}/ns/net"), lambda: Connection(address, port, PATIENCE))
 
 
 def may_be_transparent(config: cri.ContainerConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from specimen import (
+    PATIENCE,
     PORT,
     QUICK,
     Specimen,
@@ -70,19 +71,19 @@ def test_a_sidecar_sleeps_and_is_there_for_what_starts_later(kubelet: Kubelet, p
     with kubelet.run_pod(annotations=QUICK) as pod:
         sidecar = Specimen.run(pod, program, "sidecar", port=PORT + 1)
         wait_for(daemon, sidecar.id, "scaled_down")
-        pod.run_init("busybox", "init", command=["sh", "-c", f"echo count | nc -w 5 127.0.0.1 {PORT + 1} | grep 1"])
+        pod.run_init("busybox", "init", command=["sh", "-c", f"echo count | nc -w 60 127.0.0.1 {PORT + 1} | grep 1"])
         wait_for(daemon, sidecar.id, "scaled_down")
         main = Specimen.run(pod, program)
         for one in (sidecar, main):
             wait_for(daemon, one.id, "scaled_down")
         # As kubelet ends a pod: the sidecar last, while its work may still be needed.
-        main.container.stop(10)
-        assert main.log[-1] == "caught 15"
+        main.container.stop(60)
+        main.has_said("caught 15")
         assert sidecar.container.status().state == RUNNING
         assert sidecar.ask("count") == "2"
         wait_for(daemon, sidecar.id, "scaled_down")
-        sidecar.container.stop(10)
-        assert sidecar.log[-1] == "caught 15"
+        sidecar.container.stop(60)
+        sidecar.has_said("caught 15")
 
 
 def test_a_sidecar_that_is_not_named_is_not_scaled_down(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
@@ -111,8 +112,8 @@ def test_post_start_and_pre_stop_by_exec(kubelet: Kubelet, program: Path, daemon
         # The same command once more, which has succeeded before: no answer from memory will do.
         assert specimen.container.exec_sync(*hook).stdout == "1\n"
         assert seen(daemon, specimen.id).restores > before
-        specimen.container.stop(10)
-        assert specimen.log[-1] == "caught 15"
+        specimen.container.stop(60)
+        specimen.has_said("caught 15")
 
 
 def test_pre_stop_by_http_wakes(kubelet: Kubelet, daemon: Daemon) -> None:
@@ -123,12 +124,12 @@ def test_pre_stop_by_http_wakes(kubelet: Kubelet, daemon: Daemon) -> None:
                 wait_for(daemon, container.id, "scaled_down")
             eventually(lambda p=path: hook_answered(pod, p), "the hook is answered")
             eventually(lambda p=path: f"GET {p} HTTP" in container.logs(), "nginx has seen it")
-        container.stop(10)
+        container.stop(60)
 
 
 def hook_answered(pod: Pod, path: str) -> bool:
     """As kubelet's HTTP hooks: any answer below 400 means that it went well, here none at all is what counts."""
-    connection = http.client.HTTPConnection(pod.ip, 80, timeout=10)
+    connection = http.client.HTTPConnection(pod.ip, 80, timeout=PATIENCE)
     try:
         connection.request("GET", path, headers={"User-Agent": "kube-lifecycle/1.36", "Connection": "close"})
         return connection.getresponse().status > 0
@@ -198,9 +199,9 @@ def test_an_ephemeral_container_without_a_target_is_never_scaled_down(
         debugger = pod.debug("busybox", "debugger", command=["sh"], stdin=True, tty=tty)
         wait_for(daemon, specimen.id, "scaled_down")
         never(lambda: seen(daemon, debugger.id).state != "running", "it was scaled down", seconds=1)
-        assert "listens on no port" in seen(daemon, debugger.id).reason
+        eventually(lambda: "listens on no port" in seen(daemon, debugger.id).reason, "it is said why")
         with debugger.attach(stdin=True) as attached:
-            attached.write(f"echo count | nc -w 5 127.0.0.1 {PORT}\n".encode())
+            attached.write(f"echo count | nc -w 60 127.0.0.1 {PORT}\n".encode())
             eventually(lambda: "1" in debugger.logs(), "it reaches the application")
 
 
@@ -250,9 +251,7 @@ def test_the_hosts_namespaces_are_left_alone(
 ) -> None:
     port = 7932
     before = hosts_network()
-    with kubelet.run_pod(
-        annotations={**QUICK, "criproxy.io/ports-map": f"specimen={port}"}, change=in_(**modes)
-    ) as pod:
+    with kubelet.run_pod(annotations=QUICK, change=in_(**modes)) as pod:
         specimen = Specimen.run(pod, program, port=port)
         known = seen(daemon, specimen.id)
         assert (known.state, known.tier) == ("disabled", "")

@@ -7,7 +7,6 @@ import http.server
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from specimen import PATIENCE, eventually
 
 from lab import cgroups, prober
 from lab.containerd import Containerd
@@ -45,9 +45,11 @@ def server(address: str, tls: ssl.SSLContext | None = None) -> Iterator[tuple[in
             made.socket = tls.wrap_socket(made.socket, server_side=True)
         thread = threading.Thread(target=made.serve_forever)
         thread.start()
-        yield made.server_port, handler.requests
-        made.shutdown()
-        thread.join()
+        try:
+            yield made.server_port, handler.requests
+        finally:
+            made.shutdown()
+            thread.join()
 
 
 @contextlib.contextmanager
@@ -65,8 +67,10 @@ def health(address: str, answers: dict[bytes, bytes]) -> Iterator[tuple[int, lis
     made = grpc.server(futures.ThreadPoolExecutor(), handlers=[Handler()])
     port = made.add_insecure_port(f"{address}:0")
     made.start()
-    yield port, agents
-    made.stop(None).wait()
+    try:
+        yield port, agents
+    finally:
+        made.stop(None).wait()
 
 
 def certificate(folder: Path) -> ssl.SSLContext:
@@ -86,10 +90,10 @@ def test_http(containerd: Containerd, tmp_path: Path) -> None:
     gateway = containerd.gateway
     with server(gateway) as (port, requests), server(gateway, tls) as (secure, _):
         probes = [
-            prober.Http("good", gateway, port, "/204", period=0.2),
-            prober.Http("moved", gateway, port, "/302", headers={"X-Lab": "yes"}),
-            prober.Http("bad", gateway, port, "/503"),
-            prober.Http("secure", gateway, secure, "/200", tls=True),
+            prober.Http("good", gateway, port, "/204", period=0.2, timeout=PATIENCE),
+            prober.Http("moved", gateway, port, "/302", headers={"X-Lab": "yes"}, timeout=PATIENCE),
+            prober.Http("bad", gateway, port, "/503", timeout=PATIENCE),
+            prober.Http("secure", gateway, secure, "/200", tls=True, timeout=PATIENCE),
         ]
         with Prober(containerd, probes) as made:
             eventually_seen(made, 5)
@@ -114,8 +118,8 @@ def test_grpc(containerd: Containerd) -> None:
     answers = {b"": b"\x08\x01", b"\x0a\x03lab": b"\x08\x02"}
     with health(containerd.gateway, answers) as (port, agents):
         probes = [
-            prober.Grpc("all", containerd.gateway, port),
-            prober.Grpc("lab", containerd.gateway, port, "lab"),
+            prober.Grpc("all", containerd.gateway, port, timeout=PATIENCE),
+            prober.Grpc("lab", containerd.gateway, port, "lab", timeout=PATIENCE),
         ]
         with Prober(containerd, probes) as made:
             eventually_seen(made, 2)
@@ -126,16 +130,16 @@ def test_grpc(containerd: Containerd) -> None:
 def test_tcp_and_exec(containerd: Containerd, direct: Kubelet) -> None:
     with direct.run_pod() as pod:
         container = pod.run("redis")
+        eventually(lambda: container.exec_sync("redis-cli", "ping").stdout == "PONG\n", "redis listens")
         probes = [
-            prober.Tcp("connect", pod.ip, 6379),
-            prober.Tcp("refused", pod.ip, 6380),
-            prober.Exec.of("ping", container, "redis-cli", "ping"),
-            prober.Exec.of("fails", container, "sh", "-c", "echo no; exit 3"),
-            prober.Exec.of("hangs", container, "sleep", "10", period=5),
+            prober.Tcp("connect", pod.ip, 6379, timeout=PATIENCE),
+            prober.Tcp("refused", pod.ip, 6380, timeout=PATIENCE),
+            prober.Exec.of("ping", container, "redis-cli", "ping", timeout=PATIENCE),
+            prober.Exec.of("fails", container, "sh", "-c", "echo no; exit 3", timeout=PATIENCE),
+            prober.Exec.of("hangs", container, "sleep", "1000", period=5),
         ]
         with Prober(containerd, probes) as made:
-            while not made.results("hangs"):
-                time.sleep(0.05)
+            eventually_seen(made, 5)
             failed = {result.name: result.output for result in made.failures()}
             good = {result.name: result.output for result in made.results() if result.success}
     assert good == {"connect": "connected", "ping": "PONG\n"}
@@ -146,8 +150,6 @@ def test_tcp_and_exec(containerd: Containerd, direct: Kubelet) -> None:
 
 def eventually_seen(made: Prober, number: int) -> None:
     """That many results at least, and one of each probe."""
-    deadline = time.monotonic() + 20
     names = {probe.name for probe in made._probes}
-    while len(made.results()) < number or {result.name for result in made.results()} != names:
-        assert time.monotonic() < deadline, made.results()
-        time.sleep(0.05)
+    eventually(lambda: len(made.results()) >= number, f"{number} results")
+    eventually(lambda: {result.name for result in made.results()} == names, "one of each")

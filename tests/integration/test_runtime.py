@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from specimen import eventually
 
 from criproxy.api import cri_pb2 as cri
 from criproxy.cri.runtime import NotFound, Runtime
@@ -32,7 +33,7 @@ async def test_version(runtime):
 async def test_a_container_in_each_of_its_states(runtime, direct):
     pod = direct.run_pod("plain")
     container = pod.create_container(
-        "busybox", "app", command=["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"]
+        "busybox", "app", command=["sh", "-c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.1; done"]
     )
 
     created = await runtime.container_status(container.id)
@@ -40,6 +41,8 @@ async def test_a_container_in_each_of_its_states(runtime, direct):
     assert created.sandbox_id == pod.id
 
     container.start()
+    # Started is what runc has let go: it may not have become the command yet.
+    eventually(lambda: container.log.exists() and container.logs() == "ready\n", "it takes its stop signal")
     running = await runtime.container_status(container.id)
     assert running.running
     assert Path(f"/proc/{running.pid}/cmdline").read_bytes().startswith(b"sh\0-c\0")
@@ -47,7 +50,7 @@ async def test_a_container_in_each_of_its_states(runtime, direct):
     assert running.spec["process"]["args"][:2] == ["sh", "-c"]
     assert running.cgroup.endswith(container.id)
 
-    container.stop(5)
+    container.stop(60)
     exited = await runtime.container_status(container.id)
     assert (exited.exited, exited.pid) == (True, 0)
     assert exited.status.exit_code == 3
