@@ -148,7 +148,7 @@ MAKERS = {
         "-Wl,-soname,libgnutls.so.30",
         "-Wl,--version-script=native/gnutls.map",
     ),
-    "bpf": lambda: [ebpf("pod"), ebpf("kubelet")],
+    "bpf": lambda: [ebpf(name) for name in ("pod", "host", "kubelet")],
     "systemd": units,
 }
 

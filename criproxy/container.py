@@ -174,6 +174,11 @@ class Container:
         """Whether nothing of ours is in the way of whoever wants the container."""
         return self.record.state in AWAKE
 
+    async def until_up(self) -> None:
+        """For whoever holds it awake: waits until packets reach it, too."""
+        async with self._changed:
+            await self._changed.wait_for(self.up)
+
     @contextlib.contextmanager
     def probed(self, why: str) -> Iterator[None]:
         """A command of kubelet's probe runs in the container, which must be awake, and stays so meanwhile. That isn't
@@ -408,6 +413,7 @@ class Container:
         began = time.monotonic()
         try:
             self._probes.save()
+            self.record.awake_bytes = self.memory()
             await self._enter(State.CHECKPOINTING, "; ".join(reasons))
             self.record.checkpoint_bytes = await attempt.method.down(self._wanted)
         except Wanted:

@@ -14,11 +14,13 @@ from typing import TypeVar
 
 from criproxy import policy
 from criproxy.config import Config
+from criproxy.cri import rewrite
 from criproxy.cri.runtime import CriError, Runtime
 from criproxy.criu import init, store
 from criproxy.criu.checkpoint import Criu
 from criproxy.freezer import Freezer
-from criproxy.hook.network import NetworkError, PodNetwork
+from criproxy.hook import host_network, kinds
+from criproxy.hook.slots import NetworkError
 from criproxy.kernel import cgroup, processes
 from criproxy.kernel.bpf import BpfError
 from criproxy.kernel.cgroup import Cgroup
@@ -62,7 +64,9 @@ class Node:
         if not record.problem:
             try:
                 # containerd may be away when a pod is adopted; where its network is doesn't change.
-                record.netns = record.netns or await self._netns(record.id)
+                record.netns = record.netns or str(await self._netns(record.id))
+                if host_network.is_hosts(Path(record.netns)) and not sandbox.policy.ports:
+                    raise NetworkError(f"it is the host's (hostNetwork), {rewrite.HOSTS_PORTS}")
                 # Before the act: a hook must not be left behind that no record tells of.
                 self._save(record)
                 await sandbox.attach()
@@ -74,11 +78,9 @@ class Node:
                     self._save(record)
         return sandbox
 
-    async def _netns(self, sandbox_id: str) -> str:
-        netns = (await self._runtime.sandbox_status(sandbox_id)).netns
-        if netns is None:
-            raise NetworkError("it is the host's (hostNetwork), whose packets can't be held back for one pod")
-        return str(netns)
+    async def _netns(self, sandbox_id: str) -> Path:
+        info = await self._runtime.sandbox_status(sandbox_id)
+        return info.netns or host_network.of_pod(info.pid)
 
     async def stopped_sandbox(self, sandbox_id: str) -> None:
         """The runtime has stopped the sandbox: its containers are dead, its network namespace is gone."""
@@ -161,7 +163,7 @@ class Node:
         for path, record in sorted(records.items()):
             if record.id not in there:
                 path.unlink()
-                PodNetwork.discard(self._pins / record.id)
+                kinds.discard(self._pins / record.id)
                 continue
             try:
                 await self._adopt_sandbox(record, containers)
@@ -185,9 +187,10 @@ class Node:
             log.warning("pod sandbox %s: nothing is known of its hook, which is removed", pins.name)
             if pins.name in there:
                 with contextlib.suppress(NetworkError, CriError, OSError):
-                    await asyncio.to_thread(PodNetwork.strip, Path(await self._netns(pins.name)))
+                    netns = await self._netns(pins.name)
+                    await asyncio.to_thread(kinds.kind(netns).network.strip, netns)
             with contextlib.suppress(OSError):
-                PodNetwork.discard(pins)
+                kinds.discard(pins)
 
     async def _adopt_sandbox(self, record: SandboxRecord, containers: Mapping[Path, Record]) -> None:
         sandbox = await self.add_sandbox(record)

@@ -7,8 +7,8 @@ import contextlib
 import json
 import logging
 import os
-import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from criproxy.config import Config
 from criproxy.container import Container
 from criproxy.criu.checkpoint import Criu
 from criproxy.hook.gate import Gate, NoGate
-from criproxy.hook.network import NetworkError, PodNetwork
+from criproxy.hook.kinds import Hook, kind
 from criproxy.hook.pod_maps import SLOTS, Park, Parked, Watched
+from criproxy.hook.slots import NetworkError
 from criproxy.kernel.bpf import BpfError
-from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.kernel.sockets import UnixSocket
 from criproxy.kubelet.answering import Answering
 from criproxy.kubelet.probes import Probes
@@ -60,7 +60,7 @@ class Sandbox:
         self._config = config
         self._criu = criu
         self._pins = pins
-        self._network: PodNetwork | None = None
+        self._network: Hook | None = None
         self._answering: Answering | None = None
         self._checks: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
@@ -74,21 +74,22 @@ class Sandbox:
         self._network = await asyncio.to_thread(self._hook, Path(self.record.netns))
         self._network.on_parked(self._parked)
         self._network.on_watched(self._watched)
-        self._answer_probes(self._network)
+        self._answer(self._network)
         self._checks = asyncio.create_task(self._check_always(), name=f"hook of {self.record.id[:13]}")
 
-    def _answer_probes(self, network: PodNetwork) -> None:
+    def _answer(self, network: Hook) -> None:
         try:
-            listener = network.listen()
+            listeners = network.listen()
         except (BpfError, OSError) as error:
             log.warning("%s/%s: kubelet's probes will wake it: %s", self.record.namespace, self.record.name, error)
             return
         self._answering = Answering(
-            listener,
+            listeners,
             self._whose,
             network.accepted,
-            open_socket=lambda family: in_network_namespace(network.netns, lambda: socket.socket(family)),
-            relayed=network.not_a_probe,
+            network.connect,
+            network.relayed,
+            network.VISITORS,
         )
 
     def _whose(self, port: Port) -> Probed | None:
@@ -138,19 +139,20 @@ class Sandbox:
         if self._checking is not None:
             await self._checking
 
-    def _hook(self, netns: Path) -> PodNetwork:
+    def _hook(self, netns: Path) -> Hook:
+        network = kind(netns).network
         if self._pins.exists():
             try:
-                return PodNetwork.adopt(netns, self._pins)
+                return network.adopt(netns, self._pins)
             except (NetworkError, BpfError) as error:
                 # Half made by a daemon that was killed, or by another version.
                 log.warning("%s/%s: hooked anew: %s", self.record.namespace, self.record.name, error)
-                PodNetwork.discard(self._pins)
+                network.discard(self._pins)
         try:
-            return PodNetwork.attach(netns, self._pins)
+            return network.attach(netns, self._pins)
         except (NetworkError, BpfError):
             with contextlib.suppress(OSError):
-                PodNetwork.strip(netns)
+                network.strip(netns)
             raise
 
     async def detach(self) -> None:
@@ -194,11 +196,7 @@ class Sandbox:
         """The container runs (its init's pid is in the record): its state machine begins or resumes."""
         record = member.record
         if self._network is None:
-            why = self.record.problem or "the pod's network hook is missing"
-            if record.state is State.STARTING:
-                member.disable(why)
-            else:
-                self._give_up(member, why)
+            self._refuse(member, self.record.problem or "the pod's network hook is missing")
             return
         if record.slot is None:
             taken = {m.record.slot for m in self.containers.values()}
@@ -206,16 +204,20 @@ class Sandbox:
         if record.slot is None:
             member.disable(f"more than {SLOTS} containers of one pod can't be scaled down")
             return
+        declared = self.policy.ports.get(record.name, frozenset())
+        if (why := self._network.refusal(declared)) is not None:
+            self._refuse(member, why)
+            return
         workload = self._workload(member, self._network.unix_sockets)
         member.probes = Probes(member.folder / "probes.json", tls=self.policy.probes is Answers.ANSWER)
         if record.state is not State.SCALED_DOWN:
             # What an earlier daemon has saved was true when it last slept.
             member.probes.forget()
-        gate = Gate(
+        gate = kind(Path(self.record.netns)).gate(
             self._network,
             record.slot,
             member.probes,
-            declared=self.policy.ports.get(record.name, frozenset()),
+            declared=declared,
             quiet=self.policy.quiet_ports,
             preserve=self.policy.connections is Connections.PRESERVE,
             socket_inodes=workload.socket_inodes,
@@ -242,6 +244,12 @@ class Sandbox:
             # It fell asleep under another hook (another version's, before an upgrade): this one parks nothing for it.
             container.hooked("the hook in the pod's network was made anew", missed=True)
         member.live(container, workload, gate)
+
+    def _refuse(self, member: Member, why: str) -> None:
+        if member.record.state is State.STARTING:
+            member.disable(why)
+        else:
+            self._give_up(member, why)
 
     def _give_up(self, member: Member, why: str) -> None:
         """An earlier daemon's: it may sleep, or be back but not settled, and no packet would ever wake it."""
@@ -307,6 +315,18 @@ class Probed:
 
     def awake(self, why: str) -> contextlib.AbstractAsyncContextManager[None]:
         return self._container.awake(why)
+
+    async def until_up(self) -> None:
+        await self._container.until_up()
+
+    @contextlib.contextmanager
+    def probed(self, why: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            with self._container.probed(why):
+                yield
+        finally:
+            self.probes.spent(began, time.monotonic())
 
 
 class Member:

@@ -157,6 +157,10 @@ class Gate(Protocol):
     def park_all(self) -> None:
         """From now on every packet for the container is parked."""
 
+    def hanging(self) -> str | None:
+        """After `park_all`: a connection whose packets reach its socket all the same, where nothing would answer them
+        while the processes are frozen, in words, or None."""
+
     def stand_in(self, streams: Mapping[Flow, Stream]) -> None:
         """After `park_all`: these sockets are gone, and their peers' keep-alives are answered in their place."""
 
@@ -340,7 +344,7 @@ class Freeze:
         self._gate = gate
 
     async def down(self, wanted: asyncio.Event) -> int:
-        if (why := self._workload.entangled()) is not None:
+        if (why := self._workload.entangled() or self._gate.hanging()) is not None:
             raise Refused(why)
         try:
             await self._workload.freeze()

@@ -15,13 +15,17 @@ from google.protobuf.message import DecodeError, Message
 from criproxy.api import cri_pb2
 from criproxy.cri.containerd import Configuration
 from criproxy.cri.seccomp import Profiles
-from criproxy.policy import HANDLER, Init, Policy, Tier
+from criproxy.policy import HANDLER, Init, Policy, Port, Tier
 
 # Where the bundle is found in a container.
 BUNDLE_PATH = "/.criproxy"
 INIT_PATH = f"{BUNDLE_PATH}/init"
 # What containerd's oci.WithDefaultPathEnv sets where neither image nor pod does.
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+# What a pod in the host's network has to say, for people; goes after the comma.
+HOSTS_PORTS = "where a container can be woken only at ports that criproxy.io/ports-map gives"
 
 
 class Unsupported(Exception):
@@ -161,7 +165,7 @@ def container(
     message = cri_pb2.CreateContainerRequest.FromString(request)
     config = message.config
     command = argv(config, entrypoint, cmd)
-    _check_pod(config, runtime, handler)
+    _check_pod(config, policy, runtime, handler)
     _check_policy(policy, command)
     _check_processes(config)
     _check_mounts(config)
@@ -222,11 +226,11 @@ def _base_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _check_pod(config: cri_pb2.ContainerConfig, runtime: Configuration | None, handler: str) -> None:
+def _check_pod(config: cri_pb2.ContainerConfig, policy: Policy, runtime: Configuration | None, handler: str) -> None:
     namespaces = config.linux.security_context.namespace_options
     # What can't be frozen either comes first.
     if namespaces.network == cri_pb2.NODE:
-        raise Unsupported("it uses the host's network (hostNetwork), where packets can't be held back for it alone")
+        _check_hosts_ports(policy.ports.get(config.metadata.name, frozenset()))
     if namespaces.pid == cri_pb2.NODE:
         raise Unsupported("it uses the host's PID namespace (hostPID)")
     if namespaces.pid == cri_pb2.TARGET:
@@ -235,6 +239,16 @@ def _check_pod(config: cri_pb2.ContainerConfig, runtime: Configuration | None, h
         found = runtime.runtime(handler)
         if found is not None and not found.is_runc:
             raise Unsupported(f"its runtime {found.type} isn't runc, and keeps processes out of the host's sight")
+
+
+def _check_hosts_ports(ports: frozenset[Port]) -> None:
+    hosts = "it uses the host's network (hostNetwork), "
+    if not ports:
+        raise Unsupported(f"{hosts}{HOSTS_PORTS}, and that gives it none")
+    if udp := [str(port) for port in sorted(ports) if port.proto == "udp"]:
+        raise Unsupported(
+            f"{hosts}where no datagram can wake it: criproxy.io/ports-map gives it {', '.join(udp)}, TCP alone is right"
+        )
 
 
 def _check_processes(config: cri_pb2.ContainerConfig) -> None:

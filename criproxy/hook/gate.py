@@ -1,6 +1,6 @@
 """A container's share of its pod's network: its ports, what is parked for it, and whether it is quiet.
 
-The pod's hook (`network.PodNetwork`) is shared by the pod's containers; a gate is one slot of it.
+The pod's hook (`Network`) is shared by the pod's containers; a gate is one slot of it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 from criproxy.hook import packet
-from criproxy.hook.network import PodNetwork
-from criproxy.hook.pod_maps import Activity, Counters, Park, Parked, Stream, Watched
+from criproxy.hook.pod_maps import Activity, Counters, Park, Parked, Stream, Talk, Visitor, Watched
 from criproxy.kernel.bpf import BpfError
-from criproxy.kernel.sockets import Flow, Socket
+from criproxy.kernel.sockets import PROTOS, Flow, Proto, Socket
 from criproxy.kubelet.probes import Probes, Verdict
 from criproxy.policy import Port
 
@@ -31,10 +30,50 @@ OPEN_ROUNDS: Final = 8
 mustn't hold up everybody else."""
 
 
+class Network(Protocol):
+    """What a gate needs of its pod's hook; network.py says what each does, host_network.py what it doesn't there."""
+
+    corrupt: int
+
+    def ports(self, slot: int) -> tuple[frozenset[Port], frozenset[Port]]: ...
+
+    def all_ports(self) -> frozenset[Port]: ...
+
+    def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None: ...
+
+    def park(self, slot: int, mode: Park, flows: Iterable[Flow] = ()) -> None: ...
+
+    def stand_in(self, slot: int, streams: Mapping[Flow, Stream]) -> None: ...
+
+    def sockets_stay(self, slot: int) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def send(self, packets: Sequence[Parked]) -> int: ...
+
+    def sockets(self, protos: Sequence[Proto] = PROTOS) -> list[Socket]: ...
+
+    def activity(self, slot: int) -> Activity: ...
+
+    def talk(self, flow: Flow) -> Talk | None: ...
+
+    def talks(self) -> Mapping[Flow, Talk]: ...
+
+    def counters(self, slot: int) -> Counters: ...
+
+    def answer(self, slot: int, ports: Mapping[Port, Collection[Visitor]]) -> None: ...
+
+    def not_a_probe(self, flow: Flow) -> None: ...
+
+    def watch_commands(self, slot: int, on: bool) -> None: ...
+
+    def commands(self, slot: int) -> list[Flow]: ...
+
+
 class Gate:
     def __init__(
         self,
-        network: PodNetwork,
+        network: Network,
         slot: int,
         probes: Probes,
         *,
@@ -174,13 +213,17 @@ class Gate:
             if s.listening and s.receive_queue:
                 return f"a connection to port {s.port} waits to be accepted"
             if s.state == "SYN_SENT":
-                return f"a connection to {_address(s)} is being opened"
+                return f"a connection to {described(s)} is being opened"
             if not s.listening and s.send_queue:
                 return f"data to {s.remote[0]} is not acknowledged yet"
             if Flow(s.proto, s.remote, s.local) in flows:
                 continue  # it talks to itself (etcd does, over HTTP/2): nobody else waits for an answer to that
             if busy := self._busy(s, incoming=s.port in listening):
                 return busy
+        return None
+
+    def hanging(self) -> str | None:
+        """The hook parks whatever comes."""
         return None
 
     def wanted(self) -> bool:
@@ -322,9 +365,9 @@ class Gate:
         # housekeeping from requests and answers.
         later = s.last_received < s.last_sent if talk is None else talk.received > talk.sent
         if incoming and later and (s.last_received <= s.last_sent or (talk is not None and talk.http2)):
-            return f"a request from {_address(s)} to port {s.local[1]} waits for its answer since {since:.1f} s"
+            return f"a request from {described(s)} to port {s.local[1]} waits for its answer since {since:.1f} s"
         if s.receive_queue > (s.state == "CLOSE_WAIT"):  # the end of a connection counts as a byte in the queue
-            return f"data from {_address(s)} waits to be read since {since:.1f} s"
+            return f"data from {described(s)} waits to be read since {since:.1f} s"
         return None
 
     def _unread_datagram(self, s: Socket) -> bool:
@@ -382,12 +425,16 @@ class NoGate:
     def silent(self) -> str | None:
         return None
 
+    def hanging(self) -> str | None:
+        return None
+
     def wanted(self) -> bool:
         return False
 
     def open(self) -> None: ...
 
 
-def _address(s: Socket) -> str:
+def described(s: Socket) -> str:
+    """Its peer, for people."""
     host, port = s.remote
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -65,6 +65,7 @@ from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.kernel.netlink import DIRECTIONS, Direction, Link, Netlink
 from criproxy.kernel.sockets import Flow, Socket, UnixSocket
 from criproxy.kubelet import connections as kubelet
+from criproxy.policy import Port
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,9 @@ NAME: Final = "criproxy"
 
 class PodNetwork(Slots):
     """The hook of one pod. Closing it leaves the hook at work; `detach()` takes it away."""
+
+    VISITORS: Final = 64
+    """Connections that the listener may have at once."""
 
     def __init__(self, netns: Path, pins: Path) -> None:
         """For `attach` and `adopt`. Opens what is pinned. Raises BpfError, NetworkError."""
@@ -205,6 +209,10 @@ class PodNetwork(Slots):
         if mode is Park.PASS:
             self._reconcile("flows", self._flows, wanted, slot)
 
+    def refusal(self, ports: Collection[Port]) -> str | None:
+        """Why these ports can't be a slot's, in words, or None: the pod's network is its own."""
+        return None
+
     def stand_in(self, slot: int, streams: Mapping[Flow, Stream]) -> None:
         """The slot's sockets are gone for a while: the hook answers their peers' keep-alives, for those that `park` was
         told of. It ends with the next `park` of another mode. Raises BpfError.
@@ -315,6 +323,12 @@ class PodNetwork(Slots):
         """A watched connection (`Watched.flow`) counts as activity from now on, and isn't copied. Raises BpfError."""
         self._maps["visits"].delete(pod_maps.four(flow))
 
+    def relayed(self, flow: Flow, probe: bool) -> None:
+        """A connection that the listener had, or ours to the application in its place: looked at already, if it is a
+        probe's. Raises BpfError.
+        """
+        self.not_a_probe(flow)
+
     def watch_commands(self, slot: int, on: bool) -> None:
         """Whether an exec probe is under way in the slot's container: connections over `lo` that are opened meanwhile
         may be its command's, and don't count as activity. Raises BpfError.
@@ -332,7 +346,7 @@ class PodNetwork(Slots):
         visits = self._visits()
         return [flow for flow, (visitor, slots, _) in visits if visitor is Visitor.COMMAND and slots >> slot & 1]
 
-    def listen(self) -> socket.socket:
+    def listen(self) -> list[socket.socket]:
         """A listener in the pod, which gets the connections that `answer` names; one at a time.
 
         IPv6 with IPv4 in it where the pod has IPv6, else IPv4 alone. It doesn't block; whoever closes it has those
@@ -344,7 +358,24 @@ class PodNetwork(Slots):
         except BaseException:
             made.close()
             raise
-        return made
+        return [made]
+
+    async def connect(self, flow: Flow, visitor: Visitor) -> socket.socket:
+        """A connection of ours to an application of the pod, at the address that its client has dialled; from the
+        client's own where that is the pod's. Raises OSError.
+        """
+        family = socket.AF_INET6 if ":" in flow.local[0] else socket.AF_INET
+        own = in_network_namespace(self.netns, lambda: socket.socket(family))
+        try:
+            own.setblocking(False)
+            if visitor is Visitor.LOOPBACK:
+                with contextlib.suppress(OSError):
+                    own.bind((flow.remote[0], 0))
+            await asyncio.get_running_loop().sock_connect(own, flow.local)
+        except BaseException:
+            own.close()
+            raise
+        return own
 
     def accepted(self, connection: socket.socket) -> tuple[Flow, Visitor] | None:
         """What a connection that the listener accepted was on its way in; None: it came to the listener's own address.

@@ -88,6 +88,8 @@ class Visitor(IntEnum):
     """Over `lo`: its first payload has `kube-probe/` in its first 512 bytes, or its client closes it without any."""
     COMMAND = 2
     """Over `lo`, opened while an exec probe was under way."""
+    ANYBODY = 3
+    """In the host's network, whoever's isn't kubelet's: it is looked at no further, and wakes."""
 
 
 @dataclass(frozen=True)

@@ -48,21 +48,25 @@ def make_listener(netns: Path) -> socket.socket:
 
 def _make_listener() -> socket.socket:
     with contextlib.suppress(OSError):
-        return _listening(socket.AF_INET6, "::1")
-    return _listening(socket.AF_INET, "127.0.0.1")
+        return listening(socket.AF_INET6, "::1")
+    return listening(socket.AF_INET, "127.0.0.1")
 
 
-def _listening(family: socket.AddressFamily, address: str) -> socket.socket:
+def listening(family: socket.AddressFamily, address: str, *, transparent: bool = True) -> socket.socket:
+    """A TCP socket at any port of the address, in the calling thread's network namespace. It doesn't block. Raises
+    OSError.
+
+    `transparent`: for a hook that sees packets before NAT does. Where a pod has NAT rules (a mesh's), the kernel takes
+    a SYN away from a socket whose ports differ from its own, unless that one is transparent.
+    """
     for _ in range(_TRIES):
         with contextlib.ExitStack() as stack:
             made = stack.enter_context(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
             # Its connections have the application's ports, which that one must be able to listen on again.
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Where a pod has NAT rules (a mesh's), the kernel takes a SYN away from a socket whose ports differ from
-            # its own, unless that one is transparent.
-            made.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+            made.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, transparent)
             if family == socket.AF_INET6:
-                made.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+                made.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, transparent)
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             try:
                 made.bind((address, _PORTS.start + secrets.randbelow(len(_PORTS))))

@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 from h2.config import H2Configuration
@@ -31,8 +31,6 @@ from criproxy.policy import Port
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS: Final = 64
-"""Of a pod, at once. More are reset."""
 FIRST_SECONDS: Final = 5.0
 """How long a client may think about its first words. After that it is taken for one that waits for the server's."""
 CONNECT_SECONDS: Final = 75.0
@@ -58,53 +56,63 @@ class Answerer(Protocol):
     def awake(self, why: str) -> contextlib.AbstractAsyncContextManager[None]:
         """Brings it back, and keeps it up within the context."""
 
+    async def until_up(self) -> None:
+        """Waits, within the context of `awake`, until its application gets what is sent to it."""
+
+    def probed(self, why: str) -> contextlib.AbstractContextManager[None]:
+        """Keeps it up within the context, which is no activity. It mustn't be down."""
+
 
 class Answering:
-    """The accept loop of one pod's listener, on the running event loop."""
+    """The accept loop of one pod's listeners, on the running event loop."""
 
     def __init__(
         self,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         container_of: Callable[[Port], Answerer | None],
         visit_of: Callable[[socket.socket], tuple[Flow, Visitor] | None],
-        open_socket: Callable[[int], socket.socket],
-        relayed: Callable[[Flow], None] = lambda flow: None,
+        connect: Callable[[Flow, Visitor], Awaitable[socket.socket]],
+        relayed: Callable[[Flow, bool], None],
+        at_once: int,
     ) -> None:
-        """`listener`: non-blocking; `close` closes it. `container_of`: whose port it is. `visit_of`: an accepted
-        connection as it was on its way in, and whose it is; None: it has no business here. `open_socket`: makes a TCP
-        socket of an address family inside the pod. `relayed`: told of each connection that is relayed, and of ours to
-        the application before anything is sent on it: they are no probes. Whatever of these raises, the connection is
-        reset.
+        """`listeners`: non-blocking; `close` closes them. `container_of`: whose port it is. `visit_of`: an accepted
+        connection as it was on its way in, and whose it is; None: it has no business here. `connect`: connects to the
+        application in place of a client. `relayed`: told of each connection that is relayed, and of ours to the
+        application, and whether they are a probe's as far as is known. Whatever of these raises, the connection is
+        reset, and so is what comes when there are `at_once` connections.
         """
-        self._listener = listener
+        self._listeners = listeners
         self._container_of = container_of
         self._visit_of = visit_of
-        self._open_socket = open_socket
+        self._connect = connect
         self._relayed = relayed
+        self._at_once = at_once
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(listener.fileno(), self._accept)
+        for listener in listeners:
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     async def close(self) -> None:
         """Resets what is left. Can be called twice."""
-        if self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
+        for listener in self._listeners:
+            if listener.fileno() >= 0:
+                self._loop.remove_reader(listener.fileno())
+                listener.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _accept(self) -> None:
-        for _ in range(CONNECTIONS):
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(self._at_once):
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 log.warning("a connection can't be accepted in place of an application: %s", error.strerror)
                 return
             client.setblocking(False)
-            if len(self._tasks) >= CONNECTIONS:
+            if len(self._tasks) >= self._at_once:
                 _reset(client)
                 continue
             task = self._loop.create_task(self._serve(client))
@@ -119,7 +127,7 @@ class Answering:
                 await visit.receive()
                 client.close()
         except* (OSError, EOFError, ProtocolError) as errors:
-            log.info("a connection made to a sleeping application ended early: %s", errors.exceptions[0])
+            log.info("a connection accepted in place of an application ended early: %s", errors.exceptions[0])
         except* Exception:
             log.exception("internal error while a probe was answered")
         finally:
@@ -130,7 +138,7 @@ class Answering:
         found = self._visit_of(client)
         if found is None or (answerer := self._container_of(found[0].port)) is None:
             return None
-        return _Visit(client, *found, answerer, self._open_socket, self._relayed)
+        return _Visit(client, *found, answerer, self._connect, self._relayed)
 
 
 class _Visit:
@@ -142,23 +150,26 @@ class _Visit:
         flow: Flow,
         visitor: Visitor,
         answerer: Answerer,
-        open_socket: Callable[[int], socket.socket],
-        relayed: Callable[[Flow], None],
+        connect: Callable[[Flow, Visitor], Awaitable[socket.socket]],
+        relayed: Callable[[Flow, bool], None],
     ) -> None:
         self._client = client
         self._flow = flow
         self._visitor = visitor
         self._answerer = answerer
-        self._open_socket = open_socket
+        self._dial = connect
         self._relayed = relayed
         self._loop = asyncio.get_running_loop()
 
     async def receive(self) -> None:
-        wants = await self._opening()
+        wants = Verdict.OTHER if self._visitor is Visitor.ANYBODY else await self._opening()
         if isinstance(wants, Probe):
             if wants.kind is Kind.TCP:
                 # Gone already, and accepted by the kernel: that is all the answer that it wants. Also seen where no TCP
                 # probe is known: kubelet's client goes on connecting after an HTTP probe's time is over, then closes.
+                if not self._answerer.is_down():
+                    with self._answerer.probed(str(wants)):
+                        (await self._connect()).close()
                 return
             if self._answerer.is_down() and await self._answer(wants):
                 return
@@ -313,13 +324,18 @@ class _Visit:
         other of the pod. `first` goes ahead of what the client will say. The answer to a probe is remembered.
         """
         lesson = _Lesson(self._answerer.probes, self._flow, self._visitor) if isinstance(wants, Probe) else None
-        who = "kubelet" if self._visitor is Visitor.KUBELET else "within the pod"
-        why = str(wants) if lesson else f"a connection from {who} to {self._flow.port}"
-        if self._answerer.is_down():
-            log.info("%s is woken by %s", self._flow.local[0], why)
+        why = str(wants) if lesson else f"a connection from {self._who()} to {self._flow.port}"
         async with contextlib.AsyncExitStack() as hold, contextlib.AsyncExitStack() as connection:
-            await hold.enter_async_context(self._answerer.awake(why))
-            application = await self._connect(isinstance(client, _Secure))
+            if lesson is not None and not self._answerer.is_down():
+                hold.enter_context(self._answerer.probed(why))
+            else:
+                if self._answerer.is_down():
+                    log.info("%s is woken by %s", self._flow.local[0], why)
+                await hold.enter_async_context(self._answerer.awake(why))
+            own = await self._connect()
+            connection.callback(own.close)
+            self._tell(own, lesson)
+            application = await _Secure.connect(own) if isinstance(client, _Secure) else _Plain(own)
             connection.push_async_callback(application.close)
             await application.write(first)
             answered = asyncio.Event()
@@ -341,28 +357,30 @@ class _Visit:
                 began.set()
             await (sink.write(data) if data else sink.end())
 
-    async def _connect(self, tls: bool) -> _End:
-        """To the application, at the address that the client has dialled; from the client's own where that is the
-        pod's."""
-        host = self._flow.local[0]
-        own = self._open_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        try:
-            own.setblocking(False)
-            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._visitor is Visitor.LOOPBACK:
-                with contextlib.suppress(OSError):
-                    own.bind((self._flow.remote[0], 0))
-            async with asyncio.timeout(CONNECT_SECONDS):
-                while self._answerer.is_down():
-                    # Its processes are there, but its packets not let through yet: the hook would lead ours back to us.
-                    await asyncio.sleep(0.01)
-                await self._loop.sock_connect(own, self._flow.local)
-            self._relayed(self._flow)
-            self._relayed(Flow("tcp", self._flow.local, own.getsockname()[:2]))
-            return await _Secure.connect(own) if tls else _Plain(own)
-        except BaseException:
-            own.close()
-            raise
+    async def _connect(self) -> socket.socket:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            # Its processes may be there, but its packets not let through yet: the hook would lead ours back to us.
+            await self._answerer.until_up()
+            own = await self._dial(self._flow, self._visitor)
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return own
+
+    def _tell(self, own: socket.socket, lesson: _Lesson | None) -> None:
+        """What the relayed connection and ours to the application are, now and if they turn out to be no probe's."""
+        flows = (self._flow, Flow("tcp", self._flow.local, own.getsockname()[:2]))
+
+        def tell(probe: bool) -> None:
+            for flow in flows:
+                self._relayed(flow, probe)
+
+        tell(lesson is not None)
+        if lesson is not None:
+            lesson.on_other = lambda: tell(False)
+
+    def _who(self) -> str:
+        if self._visitor is Visitor.ANYBODY:
+            return self._flow.remote[0]
+        return "kubelet" if self._visitor is Visitor.KUBELET else "within the pod"
 
 
 class _Lesson:
@@ -374,6 +392,8 @@ class _Lesson:
         self._visitor = visitor
         self._conversation = Conversation(flow.port, visitor)
         self._next = {True: 0, False: 0}
+        self.on_other: Callable[[], None] = lambda: None
+        """Called once, when it turns out to be no probe."""
 
     def hear(self, incoming: bool, data: bytes) -> None:
         """`data`: empty at the end."""
@@ -382,8 +402,11 @@ class _Lesson:
             0, self._flow, self._visitor, incoming, self._next[incoming], False, not data, False, data, len(data), now
         )
         self._next[incoming] += len(data)
+        before = self._conversation.verdict
         for probe, result in self._conversation.add(packet):
             self._probes.learn(probe, result)
+        if self._conversation.verdict is Verdict.OTHER is not before:
+            self.on_other()
 
 
 class _End(ABC):

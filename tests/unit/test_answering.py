@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -45,13 +45,19 @@ class Pod:
         self.woken: list[str] = []
         self.visitor: Visitor | None = Visitor.KUBELET
         self.known = True
-        self.relayed: list[Flow] = []
+        self.relayed: list[tuple[Flow, bool]] = []
+        self.probing: list[str] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.setblocking(False)
         self.port: int = self.listener.getsockname()[1]
         self.application: Any = None
         self.answering = Answering(
-            self.listener, self.container_of, self.visit_of, self.open_socket, self.relayed.append
+            [self.listener],
+            self.container_of,
+            self.visit_of,
+            self.connect,
+            relayed=lambda flow, probe: self.relayed.append((flow, probe)),
+            at_once=2,
         )
 
     def visit_of(self, client: socket.socket) -> tuple[Flow, Visitor] | None:
@@ -76,14 +82,21 @@ class Pod:
         finally:
             self.held.remove(why)
 
-    def open_socket(self, family: int) -> socket.socket:
-        application = self.application
+    async def until_up(self) -> None:
+        assert not self.down
 
-        class Led(socket.socket):
-            def connect(self, address: Any) -> None:
-                super().connect(application)
+    @contextlib.contextmanager
+    def probed(self, why: str) -> Iterator[None]:
+        assert not self.down
+        self.probing.append(why)
+        yield
 
-        return Led(family, socket.SOCK_STREAM)
+    async def connect(self, flow: Flow, visitor: Visitor) -> socket.socket:
+        assert (flow.port.number, visitor) == (self.port, self.visitor)
+        made = socket.socket()
+        made.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(made, self.application)
+        return made
 
     async def serve(self, handler: Callable[..., Awaitable[None]], tls: bool = False) -> None:
         """The application."""
@@ -108,6 +121,14 @@ async def ask(pod: Pod, request: bytes) -> bytes:
     """What comes back until the other side ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", pod.port)
     writer.write(request)
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    return answer
+
+
+async def ask_nothing(pod: Pod) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", pod.port)
+    writer.write_eof()
     answer = await asyncio.wait_for(reader.read(), 5)
     writer.close()
     return answer
@@ -173,7 +194,7 @@ async def test_anything_else_wakes_and_is_relayed(pod: Pod, request_: bytes) -> 
     await pod.serve(echo)
     assert (await ask(pod, request_)).endswith(request_)
     assert len(pod.woken) == 1
-    assert [flow.local[1] for flow in pod.relayed] == [pod.port] * 2
+    assert [flow.local[1] for flow, _ in pod.relayed] == [pod.port] * 2
 
 
 async def test_the_answer_to_an_unknown_probe_is_known_from_then_on(pod: Pod) -> None:
@@ -191,6 +212,58 @@ async def test_an_application_that_is_up_is_asked_itself(pod: Pod) -> None:
     pod.down = False
     await pod.serve(echo)
     assert (await ask(pod, get())).endswith(get())
+    assert (pod.woken, pod.probing) == ([], [f"kubelet's HTTP probe GET :{pod.port}/healthz"])
+    assert [probe for _, probe in pod.relayed] == [True, True]
+
+
+async def test_what_begins_as_a_probe_and_goes_on_otherwise_is_told(pod: Pod) -> None:
+    async def twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    pod.down = False
+    await pod.serve(twice)
+    reader, writer = await asyncio.open_connection("127.0.0.1", pod.port)
+    for agent, known in [(AGENT, [True, True]), ("curl/8", [True, True, False, False])]:
+        writer.write(f"GET / HTTP/1.1\r\nUser-Agent: {agent}\r\n\r\n".encode())
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert [probe for _, probe in pod.relayed] == known
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+
+
+async def test_a_tcp_probe_of_an_application_that_is_up_reaches_it(pod: Pod) -> None:
+    came = asyncio.Event()
+
+    async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.read() == b""
+        writer.close()
+        came.set()
+
+    pod.down = False
+    await pod.serve(note)
+    assert await ask_nothing(pod) == b""
+    await asyncio.wait_for(came.wait(), 5)
+    assert (pod.woken, pod.probing) == ([], [f"kubelet's TCP probe of :{pod.port}"])
+
+
+async def test_who_is_nobodys_probe_is_not_waited_for(pod: Pod) -> None:
+    """A client that waits for the server's first words."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 ready\n")
+        writer.close()
+
+    pod.visitor = Visitor.ANYBODY
+    await pod.serve(greet)
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", pod.port)
+    assert await asyncio.wait_for(reader.readline(), 5) == b"220 ready\n"
+    assert time.monotonic() - began < answering.FIRST_SECONDS
+    assert pod.woken == [f"a connection from 127.0.0.1 to {pod.port}/tcp"]
+    writer.close()
 
 
 async def test_the_hold_ends_with_the_first_answer_and_the_connection_goes_on(pod: Pod) -> None:
@@ -432,8 +505,7 @@ async def test_what_the_application_resets_is_reset(pod: Pod) -> None:
         await ask(pod, get("/other"))
 
 
-async def test_no_more_connections_at_once_than_that(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "CONNECTIONS", 2)
+async def test_no_more_connections_at_once_than_that(pod: Pod) -> None:
     pod.know(Kind.HTTP, "GET /healthz", KEY)
     silent = [await asyncio.open_connection("127.0.0.1", pod.port) for _ in range(2)]
     await asyncio.sleep(0.05)

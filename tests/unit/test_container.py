@@ -164,6 +164,7 @@ class FakeGate:
         self.activity = 0.0
         self.handshake: str | None = None
         self.quiet_reason: str | None = None
+        self.open_connection: str | None = None
         self.packets = 0
         self.on_park_new: Callable[[], None] = lambda: None
         self.on_park_all: Callable[[], None] = lambda: None
@@ -187,6 +188,9 @@ class FakeGate:
 
     def unsettled(self) -> str | None:
         return self.handshake
+
+    def hanging(self) -> str | None:
+        return self.open_connection
 
     def silent(self) -> str | None:
         return self.quiet_reason
@@ -280,6 +284,7 @@ async def test_idle_container_goes_through_the_documented_states(make: Make) -> 
     assert f.states == [State.RUNNING, State.PARKING, State.CHECKPOINTING, State.SCALED_DOWN]
     assert f.log == ["find", "park_new", "park_all", "dump", "stand_in"]
     assert f.record.checkpoint_bytes == 42
+    assert f.record.awake_bytes == 1
     assert f.record.checkpoints == 1
 
 

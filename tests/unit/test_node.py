@@ -13,12 +13,14 @@ from typing import Any, ClassVar, cast
 import pytest
 
 from criproxy import node as node_module
-from criproxy import sandbox as sandbox_module
 from criproxy.config import Config
 from criproxy.cri.runtime import Runtime, Unreachable
 from criproxy.criu import init
 from criproxy.criu.checkpoint import Criu
-from criproxy.hook.network import NetworkError, Park
+from criproxy.hook import kinds
+from criproxy.hook.gate import Gate
+from criproxy.hook.pod_maps import Park
+from criproxy.hook.slots import NetworkError
 from criproxy.kernel import processes
 from criproxy.kernel.cgroup import Cgroup
 from criproxy.node import Node
@@ -110,8 +112,7 @@ def make(tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Network, "stripped", [])
     monkeypatch.setattr(Network, "discarded", [])
     monkeypatch.setattr(Network, "broken", False)
-    for module in (sandbox_module, node_module):
-        monkeypatch.setattr(module, "PodNetwork", Network)
+    monkeypatch.setattr(kinds, "_POD", kinds.Kind(cast(Any, Network), Gate))
     config = Config(state_dir=tmp_path / "state")
     return lambda: Node(config, cast(Runtime, runtime), cast(Criu, None), tmp_path / "pins")
 

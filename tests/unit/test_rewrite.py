@@ -11,7 +11,7 @@ from criproxy.api import cri_pb2 as cri
 from criproxy.cri import rewrite, seccomp
 from criproxy.cri.containerd import Configuration, Runtime
 from criproxy.cri.rewrite import Unsupported
-from criproxy.policy import Init, Policy, Tier
+from criproxy.policy import Init, Policy, Port, Tier
 
 Request = cri.CreateContainerRequest
 # Field 2000 with the text "kept": what a later version of CRI might send.
@@ -259,6 +259,32 @@ class TestContainer:
         with pytest.raises(Unsupported) as caught:
             rewritten(request(change))
         assert caught.value.freezable is freezable
+
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            ({}, "it uses the host's network (hostNetwork), where a container can be woken only at ports that "
+                 "criproxy.io/ports-map gives, and that gives it none"),
+            ({"other": {Port("tcp", 80)}}, "gives it none"),
+            ({"app": {Port("tcp", 80), Port("udp", 53)}}, "criproxy.io/ports-map gives it 53/udp,"),
+            ({"app": {Port("tcp", 80)}}, None),
+        ],
+    )  # fmt: skip
+    def test_the_hosts_network_takes_tcp_ports_that_are_given(
+        self, given: dict[str, set[Port]], reason: str | None, rewritten: Callable[..., Request]
+    ) -> None:
+        def change(config: cri.ContainerConfig) -> None:
+            config.metadata.name = "app"
+            namespaces(config).network = cri.NODE
+
+        policy = Policy(ports={name: frozenset(ports) for name, ports in given.items()})
+        if reason is None:
+            assert rewritten(request(change), policy=policy)
+            return
+        with pytest.raises(Unsupported) as caught:
+            rewritten(request(change), policy=policy)
+        assert reason in caught.value.reason
+        assert not caught.value.freezable
 
     def test_what_cant_be_frozen_is_told_first(self, rewritten: Callable[..., Request]) -> None:
         with pytest.raises(Unsupported, match="hostNetwork") as caught:
