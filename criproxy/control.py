@@ -69,6 +69,8 @@ def _container(member: Member) -> api.ContainerStatus:
         # Packets are timed by the kernel's monotonic clock, people want the time of day.
         answer.last_activity.CopyFrom(_timestamp(time.time() - (time.monotonic() - member.container.last_activity())))
         answer.memory_bytes = member.container.memory()
+        if record.state is State.SCALED_DOWN and record.awake_bytes:
+            answer.freed_bytes = max(0, record.awake_bytes - answer.memory_bytes)
         answer.reason = member.container.reason()
     if member.gate is not None:
         counters = member.gate.counters()

@@ -57,6 +57,8 @@ class Record:
     last_checkpoint_seconds: float | None = None
     last_restore_seconds: float | None = None
     checkpoint_bytes: int = 0
+    awake_bytes: int = 0
+    """Of memory, right before it was scaled down last."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -703,7 +703,7 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
     keys = {
         *("namespace", "pod", "container", "container_id", "state", "since", "last_activity", "memory_bytes"),
         *("checkpoint_bytes", "checkpoints", "restores", "last_checkpoint_seconds", "last_restore_seconds", "reason"),
-        *("tier", "parking"),
+        *("tier", "parking", "freed_bytes"),
     }
     with specimen.awake():
         first = daemon.container(specimen.id)
@@ -716,6 +716,8 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
     assert down["state"] == "scaled_down"
     assert down["checkpoint_bytes"] > 0
     assert down["memory_bytes"] < first["memory_bytes"]
+    assert down["freed_bytes"] > 0
+    assert first["freed_bytes"] is None
     assert down["last_checkpoint_seconds"] > 0
     # The unit, and where it counts from.
     assert abs(down["since"] - time.time()) < 3600
@@ -725,6 +727,7 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
     with specimen.awake():
         up = daemon.container(specimen.id)
     assert (up["restores"], up["checkpoint_bytes"]) == (1, 0)
+    assert up["freed_bytes"] is None
     assert up["last_restore_seconds"] > 0
     assert up["reason"]
     parking = up["parking"]
