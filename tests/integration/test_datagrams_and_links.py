@@ -9,8 +9,9 @@ import struct
 from contextlib import closing
 
 import pytest
+from specimen import PATIENCE
 from topology import POD4, POD6, Topology, family_of, make_socket, run, segment
-from traffic import ADDRESSES, Hook, connect, plain, receive, serving
+from traffic import ADDRESSES, Hook, becomes, connect, plain, receive, serving
 
 from criproxy.hook.pod_maps import Park
 from criproxy.kernel.namespaces import in_network_namespace
@@ -18,6 +19,11 @@ from criproxy.policy import Port
 
 UDP_SEGMENT = 103
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x1, 0x1000
+
+
+async def arriving(server: socket.socket) -> tuple[bytes, tuple[str, int]]:
+    async with asyncio.timeout(PATIENCE):
+        return await asyncio.get_running_loop().sock_recvfrom(server, 9000)
 
 
 # --- UDP -----------------------------------------------------------------------------------------------------------
@@ -37,12 +43,12 @@ async def test_datagrams_wait_in_their_order(net: Topology, hook: Hook, where: s
         messages = [str(n).encode() * (n + 1) for n in range(20)] + [os.urandom(5000), b"end"]
         for message in messages:
             client.sendto(message, (address, 53))
-        await asyncio.sleep(0.05)
+        await becomes(lambda: len(hook.packets) == len(messages), "each is parked, of the largest the first part")
         with pytest.raises(BlockingIOError):
             server.recvfrom(9000)
         assert hook.wanted.is_set()
         hook.wake()
-        received = [server.recvfrom(9000) for _ in messages]
+        received = [await arriving(server) for _ in messages]
         # The one in fragments is complete when they meet, which is at once.
         assert [data for data, _ in received] == messages
         assert {peer[1] for _, peer in received} == {client.getsockname()[1]}
@@ -61,9 +67,9 @@ async def test_datagrams_that_travel_as_one_arrive_as_many(net: Topology, hook: 
         hook.network.park(0, Park.ALL)
         data = os.urandom(8500)
         client.sendto(data, (address, 53))
-        await asyncio.sleep(0.05)
+        await hook.wakes()
         hook.wake()
-        parts = [server.recvfrom(9000)[0] for _ in range(9)]
+        parts = [(await arriving(server))[0] for _ in range(9)]
         assert parts == [data[n : n + 1000] for n in range(0, 8500, 1000)]
 
 
@@ -82,11 +88,10 @@ async def test_through_macvlan(net: Topology, hook: Hook) -> None:
         async with serving(net, b"hello") as clients:
             hook.network.park(0, Park.ALL)
             connecting = asyncio.create_task(connect(net, "node", "10.98.0.2"))
-            async with asyncio.timeout(2):
-                await hook.wanted.wait()
+            await hook.wakes()
             hook.wake()
             with closing(await connecting) as client:
-                assert await receive(client, 5, timeout=0.5) == b"hello"
+                assert await receive(client, 5) == b"hello"
                 assert plain(clients[0][0]) == "10.98.0.1"
     finally:
         run(f"ip -n {net.pod} link del mac0")
@@ -111,14 +116,16 @@ async def test_a_link_without_link_headers(net: Topology, hook: Hook) -> None:
         async with serving(net):
             hook.network.park(0, Park.ALL)
             os.write(tun, segment(("10.97.0.1", 4711), ("10.97.0.2", 80), 1, 0, 2, b""))
-            async with asyncio.timeout(2):
-                await hook.wanted.wait()
+            await hook.wakes()
             hook.wake()
-            await asyncio.sleep(0.05)
-            answers = []
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    answers.append(os.read(tun, 2000))
-            assert [a[20 + 13] for a in answers if a[0] == 0x45 and a[9] == 6] == [0x12]  # SYN and ACK
+            answers: list[bytes] = []
+
+            def answered() -> list[bytes]:
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        answers.append(os.read(tun, 2000))
+                return [answer for answer in answers if answer[0] == 0x45 and answer[9] == 6]
+
+            assert (await becomes(answered, "TCP answers"))[0][20 + 13] == 0x12  # SYN and ACK
     finally:
         os.close(tun)

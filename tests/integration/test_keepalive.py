@@ -5,17 +5,21 @@ are the kernel's own. What a container's checkpoint makes of it is the matter of
 """
 
 import asyncio
+import fcntl
 import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from topology import POD4, POD6, Topology, family_of, make_socket, segment
-from traffic import ADDRESSES, HTTP, Hook, connect, receive, send
+from specimen import PATIENCE
+from topology import POD4, POD6, Topology, family_of, make_socket, path, segment
+from traffic import ADDRESSES, HTTP, Hook, becomes, connect, receive, send, sent_again
 
 from criproxy.hook.pod_maps import Park, Stream
+from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.kernel.sockets import Flow
 
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS = 19, 20, 21, 22
@@ -101,8 +105,24 @@ async def pair(net: Topology, where: str, address: str) -> AsyncIterator[tuple[s
                 assert await receive(server, 1) == b"?"
                 await send(server, b"!")
                 assert await receive(client, 1) == b"!"
-                await asyncio.sleep(0.1)  # the delayed ACK
+                # The delayed ACK.
+                await becomes(lambda: acknowledged(server), "the client's kernel has acknowledged it")
                 yield client, server
+
+
+def acknowledged(server: socket.socket) -> bool:
+    """SIOCOUTQ; tcp(7)."""
+    return fcntl.ioctl(server, 0x5411, bytes(4)) == bytes(4)
+
+
+def outdated(*names: str) -> int:
+    """How many segments TCP has dropped in these namespaces for a timestamp older than the last one (PAWS)."""
+
+    def count() -> int:
+        head, values, *_ = (line.split() for line in Path("/proc/thread-self/net/netstat").read_text().splitlines())
+        return int(values[head.index("PAWSEstab")])
+
+    return sum(in_network_namespace(path(name), count) for name in names)
 
 
 def impatient(client: socket.socket) -> None:
@@ -116,23 +136,23 @@ def impatient(client: socket.socket) -> None:
 @pytest.mark.parametrize(("where", "address"), ADDRESSES)
 async def test_the_hook_answers_and_the_connection_goes_on(net: Topology, hook: Hook, where: str, address: str) -> None:
     async with pair(net, where, address) as (client, server):
-        before = hook.network.activity(0)
+        before, old = hook.network.activity(0), outdated(net.pod, getattr(net, where))
         hook.network.park(0, Park.ALL, [Flow("tcp", server.getsockname()[:2], server.getpeername()[:2])])
         asleep = take_away(net, server)
         hook.network.stand_in(0, {asleep.flow: asleep.stream})
         impatient(client)
-        await asyncio.sleep(2.3)
-        assert hook.network.counters(0).answered >= 2
+        await becomes(lambda: hook.network.counters(0).answered >= 2, "two keep-alives are answered")
         assert hook.network.counters(0).dropped == 0
         assert hook.packets == []
         assert hook.network.activity(0) == before
         with closing(asleep.wake()) as server:
             hook.wake()
-            # A timestamp from before the last answer's, or a sequence number that is off, would be dropped.
+            # With a sequence number that is off it never arrives; with a timestamp that is too old, at a later try.
             await send(server, b"from the server")
-            assert await receive(client, 15, timeout=0.15) == b"from the server"
+            assert await receive(client, 15) == b"from the server"
             await send(client, b"from the client" * 1000)
-            assert await receive(server, 15000, timeout=0.15) == b"from the client" * 1000
+            assert await receive(server, 15000) == b"from the client" * 1000
+        assert outdated(net.pod, getattr(net, where)) == old
 
 
 async def test_without_an_answer_the_client_gives_up(net: Topology, hook: Hook) -> None:
@@ -142,20 +162,25 @@ async def test_without_an_answer_the_client_gives_up(net: Topology, hook: Hook) 
         take_away(net, server)
         impatient(client)
         with pytest.raises(TimeoutError, match="timed out"):
-            await receive(client, 1, timeout=5)
+            await receive(client, 1)
 
 
 async def test_what_wakes_comes_through_while_the_hook_answers(net: Topology, hook: Hook) -> None:
-    async with pair(net, "peer", POD6) as (client, server):
-        hook.network.park(0, Park.ALL, [Flow("tcp", server.getsockname()[:2], server.getpeername()[:2])])
-        asleep = take_away(net, server)
-        hook.network.stand_in(0, {asleep.flow: asleep.stream})
-        await send(client, b"data")
-        async with asyncio.timeout(1):
-            await hook.wanted.wait()
-        with closing(asleep.wake()) as server:
-            hook.wake()
-            assert await receive(server, 4, timeout=0.15) == b"data"
+    for _ in range(5):
+        async with pair(net, "peer", POD6) as (client, server):
+            hook.network.park(0, Park.ALL, [Flow("tcp", server.getsockname()[:2], server.getpeername()[:2])])
+            asleep = take_away(net, server)
+            hook.network.stand_in(0, {asleep.flow: asleep.stream})
+            await send(client, b"data")
+            await hook.wakes()
+            with closing(asleep.wake()) as server:
+                hook.wake()
+                assert await receive(server, 4) == b"data"
+            # On a busy machine that may be because of the time that has gone by; what gets lost does so each time.
+            if not sent_again(client):
+                break
+    else:
+        pytest.fail("each time it had to be sent again")
 
 
 async def test_a_keepalive_with_a_byte_and_without_timestamps_is_answered(net: Topology, hook: Hook) -> None:
@@ -172,7 +197,7 @@ async def test_a_keepalive_with_a_byte_and_without_timestamps_is_answered(net: T
         hook.network.stand_in(0, {flow: Stream(rcv_nxt=5, snd_nxt=0xFFFFFFFF, window=512, tsval=None)})
         for payload in (b"x", b""):
             raw.sendto(segment((local, port), (POD4, 80), 4, 17, 0x10, payload), (POD4, 0))
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(PATIENCE):
                 while True:
                     answer = await asyncio.get_running_loop().sock_recv(answers, 100)
                     if answer[20:22] == struct.pack("!H", 80):
@@ -181,8 +206,8 @@ async def test_a_keepalive_with_a_byte_and_without_timestamps_is_answered(net: T
             assert answer == segment((POD4, 80), (local, port), 0xFFFFFFFF, 5, 0x10, b"", window=512)
         assert hook.network.counters(0).answered == 2
         raw.sendto(segment((local, port), (POD4, 80), 5, 17, 0x10, b""), (POD4, 0))
-        await asyncio.sleep(0.05)
-        assert (hook.network.counters(0).answered, hook.network.counters(0).dropped) == (2, 1)
+        await becomes(lambda: hook.network.counters(0).dropped == 1, "what has no news is dropped")
+        assert hook.network.counters(0).answered == 2
 
 
 async def test_adopted_with_its_answers(net: Topology, hook: Hook) -> None:
