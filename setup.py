@@ -111,6 +111,11 @@ def native(name: str, target: str, *flags: str) -> None:
         print(f"made {output}")
 
 
+def stand_in(name: str, soname: str) -> None:
+    """A library that takes another one's place."""
+    native(name, soname, "-shared", "-fPIC", f"-Wl,-soname,{soname}", f"-Wl,--version-script=native/{name}.map")
+
+
 def ebpf(name: str) -> None:
     path, output = source(f"bpf/{name}.c"), LIBEXEC / f"{name}.bpf.o"
     if not outdated(output, [path, *headers("bpf")]):
@@ -140,14 +145,7 @@ MAKERS = {
     "keep": lambda: native("keep", "keep", "-static"),
     "pages": lambda: native("pages", "pages", "-static"),
     "preload": lambda: native("preload", "preload.so", "-shared", "-fPIC"),
-    "gnutls": lambda: native(
-        "gnutls",
-        "gnutls.so",
-        "-shared",
-        "-fPIC",
-        "-Wl,-soname,libgnutls.so.30",
-        "-Wl,--version-script=native/gnutls.map",
-    ),
+    "unused": lambda: [stand_in("gnutls", "libgnutls.so.30"), stand_in("nftables", "libnftables.so.1")],
     "bpf": lambda: [ebpf(name) for name in ("pod", "host", "kubelet")],
     "systemd": units,
 }

@@ -43,7 +43,8 @@ INSIDE: Final = "/.criproxy"
 SUITE: Final = "trixie"
 """The Debian release whose CRIU is taken where the host has none that works: 4.1.1."""
 
-_GNUTLS: Final = "libgnutls.so.30"
+# Libraries that CRIU is linked against and that we have no use for: ours takes the place of each.
+_UNUSED: Final = ("libgnutls.so.30", "libnftables.so.1")
 _PLUGINS: Final = "plugins"
 _KDAT: Final = "kdt"
 
@@ -106,7 +107,7 @@ def build(criu_root: Path, libexec: Path, state_dir: Path) -> Bundle:
     CRIU, if a part is missing, or if `criu check` says that it doesn't work with this kernel.
     """
     criu_root, state_dir = criu_root.absolute(), state_dir.absolute()
-    plain = _ours(libexec) | _criu(criu_root, libexec / "gnutls.so")
+    plain = _ours(libexec) | _criu(criu_root, libexec)
     content = plain | {"criu": _with_our_kernel_data(plain["criu"], criu_root)}
 
     def find_out(draft: Path) -> bytes:
@@ -191,10 +192,10 @@ def _ours(libexec: Path) -> dict[str, _File]:
     return files
 
 
-def _criu(root: Path, gnutls: Path) -> dict[str, _File]:
+def _criu(root: Path, libexec: Path) -> dict[str, _File]:
     """CRIU of a root as it is, its loader (patched) and its libraries, all in one flat folder.
 
-    `gnutls` is taken instead of GnuTLS and what that needs, unless this CRIU doesn't start with it.
+    What is linked and unused is taken from `libexec`, as far as this CRIU starts with it, and needs no libraries.
     """
     binary = _find(root, [f"{folder}/criu" for folder in ("usr/sbin", "usr/local/sbin", "usr/bin", "sbin")])
     if binary is None:
@@ -206,17 +207,16 @@ def _criu(root: Path, gnutls: Path) -> dict[str, _File]:
     start: list[str | Path] = [loader]
     if root != Path("/"):
         start += ["--inhibit-cache", "--library-path", ":".join(_library_folders(root))]
-    files = {"criu": _File(binary.read_bytes(), 0o555), "ld.so": _File(_without_preload(loader), 0o555)}
     try:
-        # Without LD_PRELOAD and the like, which would be listed as well. The loader takes what is preloaded for the
-        # library whose soname it has.
-        without = [*start, "--preload", gnutls]
-        if gnutls.exists() and run.run([*without, binary, "--version"], env={}, timeout=30).returncode == 0:
-            files[_GNUTLS] = _File(gnutls.read_bytes())
-            start = without
-        listing = run.run([*start, "--list", binary], env={}, timeout=30).check().stdout.decode()
+        ours = [library for name in _UNUSED if (library := libexec / name).exists() and _starts(start, library, binary)]
+        # Without LD_PRELOAD and the like, which would be listed as well.
+        argv = [*start, "--preload", ":".join(map(str, ours)), "--list", binary]
+        listing = run.run(argv, env={}, timeout=30).check().stdout.decode()
     except run.CommandError as error:
         raise BundleError(f"The libraries of {binary} can't be listed: {error}") from error
+
+    files = {"criu": _File(binary.read_bytes(), 0o555), "ld.so": _File(_without_preload(loader), 0o555)}
+    files |= {library.name: _File(library.read_bytes()) for library in ours}
     for line in listing.splitlines():
         name, arrow, where = line.strip().partition(" => ")
         if not arrow or "/" in name:  # the kernel's own (vdso), or the loader
@@ -229,6 +229,11 @@ def _criu(root: Path, gnutls: Path) -> dict[str, _File]:
             )
         files[name] = _File(_inside(root, path).read_bytes())
     return files
+
+
+def _starts(loader: list[str | Path], library: Path, binary: Path) -> bool:
+    """Whether a program does with our library: the loader takes what is preloaded for what has the same soname."""
+    return run.run([*loader, "--preload", library, binary, "--version"], env={}, timeout=30).returncode == 0
 
 
 def _with_our_kernel_data(criu: _File, root: Path) -> _File:

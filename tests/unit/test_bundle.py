@@ -15,7 +15,7 @@ from criproxy.criu.debian import DownloadError
 from criproxy.criu.kdat import KdatError
 
 TRUE = Path("/bin/true").resolve()
-NO_GNUTLS = Path("/nonexistent/gnutls.so")
+NOTHING = Path("/nonexistent")
 
 
 @pytest.fixture
@@ -38,14 +38,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_criu_brings_its_libraries_and_its_loader(root: Path) -> None:
-    files = bundle._criu(root, NO_GNUTLS)
+    files = bundle._criu(root, NOTHING)
     assert {"criu", "ld.so", "libc.so.6"} <= files.keys()
     assert files["libc.so.6"].data == (root / "usr/lib/libc.so.6").read_bytes()
     assert [name for name, file in files.items() if file.mode == 0o555] == ["criu", "ld.so"]
 
 
 def test_the_loader_does_not_read_the_containers_preload_list(root: Path) -> None:
-    loader = bundle._criu(root, NO_GNUTLS)["ld.so"].data
+    loader = bundle._criu(root, NOTHING)["ld.so"].data
     assert b"/etc/ld.so.preload" not in loader
     assert len(loader) == (root / "usr/lib/loader").stat().st_size
 
@@ -53,14 +53,14 @@ def test_the_loader_does_not_read_the_containers_preload_list(root: Path) -> Non
 def test_a_library_that_is_missing(root: Path) -> None:
     (root / "usr/lib/libc.so.6").unlink()
     with pytest.raises(BundleError, match=r"needs libc\.so\.6"):
-        bundle._criu(root, NO_GNUTLS)
+        bundle._criu(root, NOTHING)
 
 
 def test_a_loader_that_cannot_be_patched(root: Path) -> None:
     loader = root / "usr/lib/loader"
     loader.write_bytes(loader.read_bytes().replace(b"/etc/ld.so.preload", b"/etc/ld.so.PRELOAD"))
     with pytest.raises(BundleError, match=r"ld\.so\.preload"):
-        bundle._criu(root, NO_GNUTLS)
+        bundle._criu(root, NOTHING)
 
 
 def test_criu_reads_the_bundles_kernel_data_and_not_the_containers() -> None:
@@ -88,13 +88,13 @@ def test_a_criu_that_would_read_the_containers_kernel_data_is_refused(data: byte
 
 def test_no_criu(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="Install the package criu"):
-        bundle._criu(tmp_path, NO_GNUTLS)
+        bundle._criu(tmp_path, NOTHING)
 
 
 def test_something_else_that_is_called_criu(root: Path) -> None:
     (root / "usr/sbin/criu").write_text("#!/bin/sh\n")
     with pytest.raises(BundleError, match="isn't a 64-bit ELF file"):
-        bundle._criu(root, NO_GNUTLS)
+        bundle._criu(root, NOTHING)
 
 
 def test_our_own_programs(tmp_path: Path) -> None:
