@@ -210,9 +210,8 @@ class Sandbox:
             return
         workload = self._workload(member, self._network.unix_sockets)
         member.probes = Probes(member.folder / "probes.json", tls=self.policy.probes is Answers.ANSWER)
-        if record.state is not State.SCALED_DOWN:
-            # What an earlier daemon has saved was true when it last slept.
-            member.probes.forget()
+        if record.state is State.SCALED_DOWN:
+            member.probes.load()
         gate = kind(Path(self.record.netns)).gate(
             self._network,
             record.slot,

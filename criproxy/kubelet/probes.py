@@ -72,7 +72,7 @@ class Probes:
     """Not thread-safe. Times are monotonic seconds."""
 
     def __init__(self, path: Path | None, *, tls: bool = True) -> None:
-        """`path`: where `save` puts what is known, and where what an earlier daemon saved is read from; None: nowhere.
+        """`path`: where `save` puts what is known, and `load` finds what an earlier daemon has saved; None: nowhere.
         `tls`: whether HTTPS probes, whose answers can't be seen, are answered.
         """
         self._path = path
@@ -83,7 +83,6 @@ class Probes:
         """When probes were under way, in their order and apart from each other."""
         self._beginnings = float(BEGINNINGS)
         self._began_at = 0.0
-        self._load()
 
     # --- what is seen --------------------------------------------------------------------------------------
 
@@ -139,10 +138,6 @@ class Probes:
             self._known.pop(Probe(probe.port, probe.visitor, Kind.CONNECT), None)
         while len(self._known) > PROBES:
             self._known.popitem(last=False)
-
-    def forget(self) -> None:
-        """The application has run while nobody looked."""
-        self._known.clear()
 
     # --- what is known -------------------------------------------------------------------------------------
 
@@ -201,7 +196,8 @@ class Probes:
         except OSError as error:
             log.warning("%s can't be written: %s", self._path, error.strerror)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """For a container that has slept ever since: one that has run meanwhile may answer otherwise."""
         if self._path is None:
             return
         try:
