@@ -117,19 +117,22 @@ class Node:
         return member
 
     async def started_container(self, member: Member) -> None:
-        """The runtime has started a container that is ours to scale down."""
+        """The runtime has started a container of a pod that opted in."""
         record = member.record
-        if record.state is not State.STARTING or record.pid:
+        if record.state not in (State.STARTING, State.DISABLED) or record.pid:
             return
         try:
             record.pid = (await self._runtime.container_status(record.id)).pid
             record.start_time = processes.start_time(record.pid)
-            self.sandboxes[record.sandbox_id].start(member)
+            if record.state is State.DISABLED:
+                member.disable(record.reason)
+            else:
+                self.sandboxes[record.sandbox_id].start(member)
         except ProcessLookupError:
             record.state = State.EXITED
             member.save()
         except CriError as error:
-            member.disable(f"its process is not known: {error}")
+            member.disable(record.reason or f"its process is not known: {error}")
         except Exception as error:
             # It runs, and kubelet must not be told otherwise: it would start another one beside it.
             expected = isinstance(error, (NetworkError, BpfError, LookupError, OSError))
@@ -210,12 +213,15 @@ class Node:
         if record.state is State.STARTING and not record.pid:
             if (await self._runtime.container_status(record.id)).running:
                 await self.started_container(member)
-        elif record.state in (State.DISABLED, State.EXITED):
+        elif record.state is State.EXITED or (record.state is State.DISABLED and not record.pid):
             sandbox.release(member)
         elif not processes.alive(record.pid, record.start_time):
             store.discard(folder / "checkpoint")
             record.state = State.EXITED
             sandbox.release(member)
+        elif record.state is State.DISABLED:
+            sandbox.release(member)
+            member.disable(record.reason)
         else:
             while _criu_at_work(record.pid):
                 # It goes on without the daemon that started it, and what becomes of them is open until its end.

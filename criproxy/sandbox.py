@@ -346,25 +346,40 @@ class Member:
         return None if self.container is None or self.probes is None else Probed(self.container, self.probes)
 
     def live(self, container: Container, workload: Processes, gate: Gate | None) -> None:
-        # The init's end is the container's end, whoever caused it; a pidfd tells it under every runtime version.
-        self._pidfd = os.pidfd_open(self.record.pid)
+        """It has a state machine from now on. Raises OSError."""
+        self._watch()
         self.container, self.workload, self.gate = container, workload, gate
-        asyncio.get_running_loop().add_reader(self._pidfd, self._init_ended)
         container.start()
 
     def disable(self, reason: str) -> None:
-        """The container runs without us; `reason` says why, for people."""
+        """The container runs without us; `reason` says why, for people. Again for one that was so from the beginning,
+        when its process is known."""
         self.record.state, self.record.reason, self.record.tier = State.DISABLED, reason, ""
+        if self.record.pid:
+            try:
+                self._watch()
+            except ProcessLookupError:
+                self.record.state, self.record.reason = State.EXITED, ""
+            except OSError as error:
+                log.warning("container %s: its end won't be noticed: %s", self.record.id, error)
         self.note()
+
+    def _watch(self) -> None:
+        """The init's end is the container's end, whoever caused it; a pidfd tells it under every runtime version."""
+        if self._pidfd is None:
+            self._pidfd = os.pidfd_open(self.record.pid)
+            asyncio.get_running_loop().add_reader(self._pidfd, self._init_ended)
 
     def _init_ended(self) -> None:
         self._forget_pidfd()
         self._ending = asyncio.create_task(self._exited())
 
     async def _exited(self) -> None:
-        assert self.container is not None
         try:
-            await self.container.exited()
+            if self.container is not None:
+                await self.container.exited()
+            else:
+                self.record.state, self.record.reason = State.EXITED, ""
             if self.gate is not None:
                 self.gate.close()
         except Exception:

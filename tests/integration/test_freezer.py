@@ -457,6 +457,17 @@ def test_no_init(kubelet: Kubelet, daemon: Daemon, tier: str) -> None:
     assert ask(pod.ip, b"PING\r\n") == b"+PONG\r\n"
 
 
+def test_one_that_is_left_alone_is_shown_until_it_ends(kubelet: Kubelet, daemon: Daemon) -> None:
+    pod = kubelet.run_pod(annotations={**SHORT, "criproxy.io/init": "never", "criproxy.io/tier": "checkpoint"})
+    busybox = pod.run("busybox", command=["sh", "-c", "while [ ! -e /end ]; do sleep 0.1; done"])
+    assert daemon.seen(busybox.id).state == "disabled"
+    busybox.exec_sync("touch", "/end")
+    deadline = time.monotonic() + 60
+    while busybox.id in daemon.known():
+        assert time.monotonic() < deadline, daemon.seen(busybox.id)
+        time.sleep(0.05)
+
+
 def test_a_terminal_and_a_shared_pid_namespace(kubelet: Kubelet, daemon: Daemon) -> None:
     def shared(config: cri.PodSandboxConfig) -> None:
         config.linux.security_context.namespace_options.pid = cri.NamespaceMode.POD

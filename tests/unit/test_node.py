@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -253,6 +254,32 @@ async def test_a_container_runs_although_its_state_machine_can_not(make: Any, mo
     member = node.add_container(await node.add_sandbox(pod()), container())
     await node.started_container(member)
     assert (member.record.state, member.record.reason) == (State.DISABLED, "it has no cgroup in sight")
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_the_end_of_a_container_that_is_left_alone_is_noticed(
+    make: Any, runtime: FakeRuntime, adopted: bool
+) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        runtime.pid = process.pid
+        node = make()
+        left_alone = container(state=State.DISABLED, reason="it has a terminal")
+        member = node.add_container(await node.add_sandbox(pod()), left_alone)
+        await node.started_container(member)
+        assert (member.record.state, member.record.reason) == (State.DISABLED, "it has a terminal")
+        if adopted:
+            await node.close()
+            node = make()
+            await node.adopt()
+            member = node.member("c1")
+            assert (member.record.state, member.record.reason) == (State.DISABLED, "it has a terminal")
+        process.kill()
+        async with asyncio.timeout(5):
+            while member.record.state is not State.EXITED:
+                await asyncio.sleep(0.005)
+    await member.ended()
+    assert json.loads((member.folder / "state.json").read_text())["state"] == "exited"
+    await node.close()
 
 
 async def test_on_a_full_disk_pods_and_containers_come_and_go(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
