@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lab import cgroups
+from lab import LabError, cgroups
 from lab.containerd import Containerd, mounts_below
 from lab.process import run
 
@@ -92,11 +92,16 @@ def _links(lab: Containerd) -> list[str]:
 def _filters(links: list[str]) -> list[str]:
     found = []
     for link in links:
-        for side in ("ingress", "egress"):
-            lines = run(["tc", "filter", "show", "dev", link, side]).splitlines()
-            found += [f"{link} {side}: {line}" for line in lines]
-        queues = run(["tc", "qdisc", "show", "dev", link]).splitlines()
-        found += [f"{link}: {line}" for line in queues if "noqueue" not in line]
+        try:
+            for side in ("ingress", "egress"):
+                lines = run(["tc", "filter", "show", "dev", link, side]).splitlines()
+                found += [f"{link} {side}: {line}" for line in lines]
+            queues = run(["tc", "qdisc", "show", "dev", link]).splitlines()
+            found += [f"{link}: {line}" for line in queues if "noqueue" not in line]
+        except LabError:
+            # Gone meanwhile, and its filters with it.
+            if Path("/sys/class/net", link).exists():
+                raise
     return found
 
 

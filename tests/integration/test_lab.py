@@ -3,12 +3,14 @@
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from specimen import PATIENCE, eventually
 
 from lab import cgroups, inventory
 from lab.containerd import Containerd
@@ -52,24 +54,45 @@ def traces(number: int) -> list[str]:
     return found
 
 
+def nobodys(number: int) -> list[str] | None:
+    """The traces of a lab that has ended; None if another one on this machine has its number already."""
+    with socket.socket(socket.AF_UNIX) as claim:
+        try:
+            claim.bind(f"\0criproxy-lab-{number}")
+        except OSError:
+            return None
+        return traces(number)
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_and_nothing_is_left(containerd: Containerd, ending: signal.Signals) -> None:
-    with another_lab() as (process, number):
-        assert number != containerd.number
-        assert traces(number)
-        process.send_signal(ending)
-        assert process.wait(30) == 128 + ending
-        assert traces(number) == []
+    # Another lab on this machine may come first.
+    for _ in range(5):
+        with another_lab() as (process, number):
+            assert number != containerd.number
+            assert traces(number)
+            process.send_signal(ending)
+            assert process.wait(PATIENCE) == 128 + ending
+            left = nobodys(number)
+        if left is not None:
+            break
+    assert left == []
 
 
 def test_the_next_one_removes_what_a_killed_one_left(containerd: Containerd) -> None:
-    with another_lab() as (process, number):
-        process.kill()
-        process.wait(30)
-        assert traces(number)
-        with another_lab() as (_, next_number):
-            assert next_number == number
-    assert traces(number) == []
+    # Another lab on this machine may come first.
+    for _ in range(5):
+        with another_lab() as (process, number):
+            process.kill()
+            process.wait(PATIENCE)
+            assert traces(number)
+            with another_lab() as (next_process, next_number):
+                next_process.terminate()
+                next_process.wait(PATIENCE)
+                left = nobodys(number)
+        if next_number == number and left is not None:
+            break
+    assert (next_number, left) == (number, [])
 
 
 def test_a_removed_pod_leaves_nothing(containerd: Containerd, direct: Kubelet) -> None:
@@ -77,7 +100,8 @@ def test_a_removed_pod_leaves_nothing(containerd: Containerd, direct: Kubelet) -
     with direct.run_pod() as pod:
         pod.run("redis")
         assert inventory.difference(before, inventory.take(containerd))
-    assert inventory.difference(before, inventory.take(containerd)) == []
+    # A shim needs a moment to end after its last container.
+    eventually(lambda: not inventory.difference(before, inventory.take(containerd)), "nothing is left")
 
 
 def test_streams(direct: Kubelet) -> None:

@@ -87,7 +87,8 @@ def test_a_port_forward_holds_every_container_of_the_pod(pod: Pod, program: Path
     with pod.port_forward(PORT + 1) as forwarded:
         forwarded.read_until(b"ready\n", 0)
         for specimen in both:
-            assert seen(daemon, specimen.id).reason == "PortForward is under way"
+            reason = "PortForward is under way"
+            eventually(lambda s=specimen, r=reason: seen(daemon, s.id).reason == r, "the reason is shown")
     for specimen in both:
         wait_for(daemon, specimen.id, "scaled_down")
 
@@ -97,8 +98,8 @@ def test_all_of_it_arrives(specimen: Specimen, daemon: Daemon) -> None:
     size = 12_000_000
     with specimen.container.exec("sh", "-c", f"head -c {size} /dev/zero; cat >&2", stdin=True) as session:
         session.write(b"x" * 100_000)
-        session.read_until(b"x" * 100_000, 2, timeout=30)
-        assert session.read_until(bytes(size), timeout=30) == bytes(size)
+        session.read_until(b"x" * 100_000, 2)
+        assert session.read_until(bytes(size)) == bytes(size)
     wait_for(daemon, specimen.id, "scaled_down")
 
 
@@ -151,7 +152,7 @@ def test_it_ends_while_a_stream_is_open(
             with opened(call, specimen) as stream:
                 specimen.end("exit 5")
                 with contextlib.suppress(ConnectionResetError):
-                    stream.read_all(timeout=20)
+                    stream.read_all()
                 told.append({channel: data for channel, data in stream.channels.items() if data})
             assert specimen.container.wait().exit_code == 5
     assert told[0] == told[1]
@@ -160,18 +161,23 @@ def test_it_ends_while_a_stream_is_open(
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_they_end_with_the_daemon_and_do_not_delay_it(end: str, specimen: Specimen, daemon: Daemon) -> None:
     specimen.tell("set kept")
-    streams = [opened(call, specimen) for call in CALLS]
-    eventually(lambda: "is under way" in seen(daemon, specimen.id).reason, "the reason is shown")
-    began = time.monotonic()
-    act: Callable[[], None] = getattr(daemon, end)
-    act()
-    # Calls that are under way may take 5 s; these aren't.
-    assert time.monotonic() - began < 4
-    for stream in streams:
-        with contextlib.suppress(ConnectionResetError):
-            stream.read_all(timeout=10)
-        stream.close()
-    daemon.start()
+    for _ in range(3):
+        streams = [opened(call, specimen) for call in CALLS]
+        eventually(lambda: "is under way" in seen(daemon, specimen.id).reason, "the reason is shown")
+        began = time.monotonic()
+        act: Callable[[], None] = getattr(daemon, end)
+        act()
+        took = time.monotonic() - began
+        for stream in streams:
+            with contextlib.suppress(ConnectionResetError):
+                stream.read_all()
+            stream.close()
+        daemon.start()
+        # It waits 5 s for calls that are under way, and these aren't. (Or the machine was too busy: once more.)
+        if took < 5:
+            break
+    else:
+        pytest.fail("they have delayed it each time")
     wait_for(daemon, specimen.id, "scaled_down")
     assert specimen.ask("get") == "kept"
     with opened("Attach", specimen) as attached:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import select
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specimen import PORT, QUICK, Connection, Specimen, eventually, never, seen, wait_for
+from specimen import PATIENCE, PORT, QUICK, Connection, Specimen, eventually, never, seen, wait_for
+from traffic import sent_again
 
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet
@@ -32,14 +36,26 @@ def asleep(daemon: Daemon, specimen: Specimen) -> None:
 def test_a_slow_request_is_answered_by_who_was_never_asleep_meanwhile(specimen: Specimen, daemon: Daemon) -> None:
     with specimen.connect() as connection:
         for _ in range(2):  # the second time on a connection that has been restored
-            before = seen(daemon, specimen.id).checkpoints
             connection.send("after 1500")
-            local = f"{connection.local[0]}:{connection.local[1]}"
-            reason = f"a request from {local} to port {PORT} waits for its answer since"
-            eventually(lambda r=reason: r in seen(daemon, specimen.id).reason, "it is awake because of the request")
-            assert connection.answer() == "ok"
-            assert seen(daemon, specimen.id).checkpoints == before
+            held_until_its_answer(connection, daemon, specimen)
             asleep(daemon, specimen)
+
+
+def held_until_its_answer(connection: Connection, daemon: Daemon, specimen: Specimen) -> None:
+    """Looks until the answer comes: it is awake because of the request, and was never asleep from then on."""
+    local = f"{connection.local[0]}:{connection.local[1]}"
+    reason = f"a request from {local} to port {PORT} waits for its answer since"
+    deadline = time.monotonic() + PATIENCE
+    known = []
+    while not select.select([connection._socket], [], [], 0)[0]:
+        assert time.monotonic() < deadline, known[-1]
+        known.append(seen(daemon, specimen.id))
+        time.sleep(0.01)
+    assert connection.answer() == "ok"
+    # The last look may have been one at what came after the answer.
+    held = [number for number, one in enumerate(known[:-1]) if reason in one.reason]
+    assert held, known
+    assert len({one.checkpoints for one in known[held[0] : -1]}) == 1
 
 
 def test_a_request_right_behind_an_answer_holds_too(specimen: Specimen, daemon: Daemon) -> None:
@@ -48,8 +64,7 @@ def test_a_request_right_behind_an_answer_holds_too(specimen: Specimen, daemon: 
         for _ in range(20):
             assert connection.ask("count")
         connection.send("after 1000")
-        assert connection.answer() == "ok"
-        assert seen(daemon, specimen.id).checkpoints == 0
+        held_until_its_answer(connection, daemon, specimen)
 
 
 def test_paces_around_the_duration(specimen: Specimen, daemon: Daemon) -> None:
@@ -64,10 +79,10 @@ def test_nobody_waits_for_ever(kubelet: Kubelet, program: Path, daemon: Daemon) 
     with kubelet.run_pod(annotations={**CHECKPOINT, "criproxy.io/request-timeout": "2s"}) as pod:
         specimen = Specimen.run(pod, program)
         with specimen.connect() as connection:
-            connection.send("never")
             began = time.monotonic()
+            connection.send("never")
             asleep(daemon, specimen)
-            assert 1.9 < time.monotonic() - began < 5
+            assert time.monotonic() - began > 1.9
             # The restored connection has no request, as far as anybody can tell.
             assert connection.ask("count") == "1"
             asleep(daemon, specimen)
@@ -97,10 +112,23 @@ def test_keepalives_are_answered_and_wake_nobody(specimen: Specimen, daemon: Dae
             time.sleep(2.5)
             known = seen(daemon, specimen.id)
             assert (known.state, known.restores) == ("scaled_down", restores)
-        # Both directions at once: neither numbers nor timestamps are off, or it would take 200 ms.
-        began = time.monotonic()
-        assert connection.ask(f"echo {'x' * 3000}") == "x" * 3000
-        assert time.monotonic() - began < 0.19
+        # Both directions at once. If numbers or timestamps were off, something would have to be sent again. (On a busy
+        # machine 200 ms may go by: once more.)
+        for _ in range(10):
+            before = sent_again(connection._socket)
+            assert connection.ask(f"echo {'x' * 3000}") == "x" * 3000
+            if sent_again(connection._socket) == before and not answered_again(specimen):
+                break
+            asleep(daemon, specimen)
+        else:
+            pytest.fail("something had to be sent again each time")
+
+
+def answered_again(specimen: Specimen) -> int:
+    """How many segments the pod's kernel has sent once more on connections to its port, since it was restored."""
+    ss = ["nsenter", f"--net={specimen.container.pod.netns}", "ss", "-HOtin", f"sport = :{PORT}"]
+    shown = subprocess.run(ss, check=True, capture_output=True, text=True).stdout
+    return sum(int(number) for number in re.findall(r"retrans:\d+/(\d+)", shown))
 
 
 def test_keepalives_of_a_neighbour_over_lo(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
@@ -133,9 +161,7 @@ def test_connections_that_are_to_be_closed(kubelet: Kubelet, program: Path, daem
         for _ in range(3):
             with specimen.connect() as connection:
                 assert connection.ask("get") == "kept"
-                began = time.monotonic()
                 assert connection.ended()  # as if the application had closed it
-                assert time.monotonic() - began < 2
             asleep(daemon, specimen)
         eventually(lambda: specimen.ask("clients") == "1", "the server finds them closed")
 
@@ -144,13 +170,13 @@ def test_connections_that_are_to_be_closed(kubelet: Kubelet, program: Path, daem
 
 
 def test_quiet_ports(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
-    annotations = {**CHECKPOINT, "criproxy.io/quiet-ports": f"{PORT + 1}"}
+    annotations = {**CHECKPOINT, "criproxy.io/quiet-ports": f"{PORT + 1}", "criproxy.io/scaledown-duration": "1s"}
     with kubelet.run_pod(annotations=annotations) as pod:
         specimen = Specimen.run(pod, program)
         specimen.tell(f"listen {PORT + 1}")
         scraper = Specimen(specimen.container, PORT + 1)
         # A scrape each 100 ms doesn't keep it awake, and each is answered while it runs.
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         scrapes = 0
         while seen(daemon, specimen.id).state != "scaled_down":
             assert time.monotonic() < deadline, "the scrapes keep it awake"
@@ -183,9 +209,10 @@ def test_a_neighbours_traffic_does_not_keep_it_awake(kubelet: Kubelet, program: 
         neighbour = Specimen.run(pod, program, "neighbour", port=PORT + 1)
         gateway = specimen.address.rpartition(".")[0] + ".1"
         neighbour.tell(f"dial {gateway} {elsewhere.getsockname()[1]}")
+        elsewhere.settimeout(PATIENCE)
         peer, _ = elsewhere.accept()
         with peer, neighbour.connect() as connection:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE
             while seen(daemon, specimen.id).state != "scaled_down":
                 assert time.monotonic() < deadline, "the neighbour's traffic keeps it awake"
                 assert connection.ask("count")
@@ -199,12 +226,22 @@ def test_its_own_connections_do(specimen: Specimen, daemon: Daemon) -> None:
     gateway = specimen.address.rpartition(".")[0] + ".1"
     with socket.create_server((gateway, 0)) as server:
         specimen.tell(f"dial {gateway} {server.getsockname()[1]}")
+        server.settimeout(PATIENCE)
         peer, _ = server.accept()
         with peer:
-            until = time.monotonic() + 1.5
-            while time.monotonic() < until:
+            deadline = time.monotonic() + PATIENCE
+            began = last = 0.0
+            while not began or time.monotonic() < began + 1.5:
+                assert time.monotonic() < deadline, "this machine is too busy"
+                now = time.monotonic()
                 peer.sendall(b"count\n")
                 assert peer.recv(100)
-                assert seen(daemon, specimen.id).checkpoints == 0
+                pause = time.monotonic() - last
+                checkpoints = seen(daemon, specimen.id).checkpoints
+                # At another pace it may well have slept: from there on once more.
+                if pause > 0.25:
+                    began, before = now, checkpoints
+                assert checkpoints == before
+                last = now
                 time.sleep(0.1)
             asleep(daemon, specimen)
