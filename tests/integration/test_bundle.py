@@ -209,6 +209,17 @@ def test_threads_of_another_user_come_back_as_they_were(built: Bundle, applicati
         assert processes.attributes([application]) == before
 
 
+def test_no_breakpoints_are_set(built: Bundle, application: int, tmp_path: Path) -> None:
+    """The first one on a machine waits for an RCU grace period. CRIU is asked, as how long that is depends."""
+    options = ["-D", tmp_path, *OPTIONS]
+    options[options.index("-v2")] = "-v4"
+    criu(built, "dump", "-t", str(application), *options, "dump.log").check()
+    os.waitpid(application, 0)
+    criu(built, "restore", "-d", *options, "restore.log").check()
+    for log in ("dump.log", "restore.log"):
+        assert "Force no-breakpoints" in (tmp_path / log).read_text()
+
+
 @pytest.mark.parametrize("way", ["preload", "configuration", "programs"])
 def test_a_hostile_container_cannot_steer_criu(built: Bundle, compiled: Path, tmp_path: Path, way: str) -> None:
     """In a mount namespace of its own, first with a plain CRIU to show that the attack is one."""
