@@ -18,6 +18,7 @@ from criproxy.cri import rewrite
 from criproxy.cri.runtime import CriError, Runtime
 from criproxy.criu import init, store
 from criproxy.criu.checkpoint import Criu
+from criproxy.files import write_whole
 from criproxy.freezer import Freezer
 from criproxy.hook import host_network, kinds
 from criproxy.hook.slots import NetworkError
@@ -248,9 +249,7 @@ class Node:
         return self._sandbox_folder / f"{sandbox_id}.json"
 
     def _save(self, record: SandboxRecord) -> None:
-        draft = self._path(record.id).with_suffix(".new")
-        draft.write_text(record.to_json())
-        draft.replace(self._path(record.id))
+        write_whole(self._path(record.id), record.to_json())
 
 
 def _read(paths: Iterable[Path], kind: Callable[..., _Record]) -> dict[Path, _Record]:

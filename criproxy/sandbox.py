@@ -15,6 +15,7 @@ from pathlib import Path
 from criproxy.config import Config
 from criproxy.container import Container
 from criproxy.criu.checkpoint import Criu
+from criproxy.files import write_whole
 from criproxy.hook.gate import Gate, NoGate
 from criproxy.hook.kinds import Hook, kind
 from criproxy.hook.pod_maps import SLOTS, Park, Parked, Watched
@@ -401,11 +402,8 @@ class Member:
             await self.container.close()
 
     def save(self) -> None:
-        """Written before the act that the new state stands for; a rename, so that no half record is ever read."""
-        path = self.folder / "state.json"
-        draft = path.with_suffix(".new")
-        draft.write_text(json.dumps(self.record.to_json(), indent=1))
-        draft.replace(path)
+        """Written before the act that the new state stands for."""
+        write_whole(self.folder / "state.json", json.dumps(self.record.to_json(), indent=1))
 
     def note(self) -> None:
         """Saves where nothing depends on it: what happened has happened, and on a full disk, too."""

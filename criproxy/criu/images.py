@@ -12,6 +12,8 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from criproxy.files import write_whole
+
 _COMMON_MAGIC: Final = 0x54564319
 _U32: Final = struct.Struct("<I")
 _HEADER: Final = 2 * _U32.size
@@ -37,9 +39,7 @@ def replace(path: Path, messages: Iterable[Message]) -> None:
     for message in messages:
         entry = message.SerializeToString()
         content += _U32.pack(len(entry)) + entry
-    draft = path.with_suffix(".new")
-    draft.write_bytes(content)
-    draft.replace(path)
+    write_whole(path, bytes(content))
 
 
 def entries(data: bytes) -> Iterator[bytes]:

@@ -33,6 +33,7 @@ from criproxy import LIBEXEC, run
 from criproxy.api import criu_pb2 as criu
 from criproxy.criu import images as image_files
 from criproxy.criu.bundle import INSIDE
+from criproxy.files import write_whole
 from criproxy.kernel.processes import Process
 
 PROGRAM: Final = LIBEXEC / "keep"
@@ -107,9 +108,7 @@ class Kept:
                 "files": files,
                 "watches": [[*watch, number] for watch, number in watches.items()],
             }
-            draft = images / f".{_WHAT}"
-            draft.write_text(json.dumps(what))
-            draft.replace(images / _WHAT)
+            write_whole(images / _WHAT, json.dumps(what))
 
     @classmethod
     def of(cls, images: Path) -> Kept | None:

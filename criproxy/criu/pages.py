@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from criproxy import LIBEXEC, run
+from criproxy.files import write_whole
 from criproxy.kernel.processes import Process
 
 PROGRAM: Final = LIBEXEC / "pages"
@@ -67,9 +68,7 @@ class Loader:
             os.close(folder)
         try:
             process = Process.of(running.pid)
-            draft = images / f".{_WHO}"
-            draft.write_text(json.dumps({"pid": process.pid, "start_time": process.start_time}))
-            draft.replace(images / _WHO)
+            write_whole(images / _WHO, json.dumps({"pid": process.pid, "start_time": process.start_time}))
         except BaseException:
             running.close()
             raise

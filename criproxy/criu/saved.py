@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from criproxy.files import write_whole
 from criproxy.kernel import processes
 from criproxy.kernel.processes import ThreadAttributes
 
@@ -52,9 +53,7 @@ class Saved:
         threads = {
             tid: asdict(thread) | {"affinity": sorted(thread.affinity)} for tid, thread in self.attributes.items()
         }
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps({"guard": self.guard, "threads": threads, "sysv": self.sysv}))
-        draft.replace(path)
+        write_whole(path, json.dumps({"guard": self.guard, "threads": threads, "sysv": self.sysv}))
 
     @classmethod
     def read(cls, path: Path) -> Saved:

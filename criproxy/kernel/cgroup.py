@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from criproxy.files import write_whole
+
 UNIFIED: Final = ""
 """The key of the v2 tree among the controllers of v1, as in /proc/PID/cgroup."""
 
@@ -278,10 +280,8 @@ class _Limit:
 
 
 def _write_record(record: Path, entries: list[_Limit]) -> None:
-    """No fsync: it has to outlive us, not the kernel, whose cgroups are gone after a power failure."""
-    new = record.with_name(record.name + ".new")
-    new.write_text(json.dumps([vars(entry) for entry in entries]))
-    new.rename(record)
+    """It has to outlive us, not the kernel, whose cgroups are gone after a power failure."""
+    write_whole(record, json.dumps([vars(entry) for entry in entries]))
 
 
 def _mounts(mountinfo: str) -> dict[str, list[tuple[str, Path]]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from criproxy.api import cri_pb2 as cri
+from criproxy.files import write_whole
 from criproxy.hook.pod_maps import Visitor, Watched
 from criproxy.kernel.sockets import Flow
 from criproxy.kubelet.conversation import Conversation, Kind, Probe, Result, Verdict, shortened
@@ -189,10 +190,8 @@ class Probes:
         if self._path is None:
             return
         entries = [_to_json(probe, known.result) for probe, known in self._known.items() if known.result.ok]
-        draft = self._path.with_suffix(".new")
         try:
-            draft.write_text(json.dumps({"format": _FORMAT, "probes": entries}))
-            draft.replace(self._path)
+            write_whole(self._path, json.dumps({"format": _FORMAT, "probes": entries}))
         except OSError as error:
             log.warning("%s can't be written: %s", self._path, error.strerror)
 
