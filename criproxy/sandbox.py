@@ -290,6 +290,7 @@ class Sandbox:
             stop_signal=record.stop_signal,
             lazy=self.policy.lazy_pages,
             connections=self.policy.connections,
+            parked=kind(Path(self.record.netns)).parks_packets,
             clock=self.policy.clock,
         )
 

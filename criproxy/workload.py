@@ -161,9 +161,12 @@ class Workload(Processes):
         stop_signal: str = "SIGTERM",
         lazy: Lazy = Lazy.AUTO,
         connections: Connections = Connections.PRESERVE,
+        parked: bool = True,
         clock: Clock = Clock.STOP,
     ) -> None:
-        """`folder`: the container's own in the state directory."""
+        """`folder`: the container's own in the state directory. `parked`: so are the packets of its connections; where
+        they aren't, none can be preserved.
+        """
         super().__init__(container_id, init_pid, unix_sockets)
         self._criu = criu
         self._images = folder / "checkpoint"
@@ -174,6 +177,7 @@ class Workload(Processes):
         self._eagerly = False
         """Loading memory after the restore has failed once."""
         self._close = connections is Connections.CLOSE
+        self._parked = parked
         self._stop_clock = clock is Clock.STOP
         self._loader: Loader | None = None
 
@@ -210,7 +214,14 @@ class Workload(Processes):
         anonymous = self._cgroup.anonymous()
         with contextlib.ExitStack() as stack:
             files = page_cache.mapped(self.init_pid, self._own(), stack)
-            await self._criu.dump(self.init_pid, self._images, unless, close=self._close, stop_clock=self._stop_clock)
+            await self._criu.dump(
+                self.init_pid,
+                self._images,
+                unless,
+                close=self._close,
+                keep=self._parked,
+                stop_clock=self._stop_clock,
+            )
             # The processes are in the images now: a disk that is full must not make it look as if that had failed.
             with contextlib.suppress(OSError):
                 (self._images / _ANONYMOUS).write_text(str(anonymous))

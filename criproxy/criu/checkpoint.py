@@ -68,6 +68,7 @@ class Criu:
         unless: asyncio.Event | None = None,
         *,
         close: bool = False,
+        keep: bool = True,
         stop_clock: bool = True,
     ) -> float:
         """Dumps the application of a container into the new folder `images` and ends its processes; returns how long.
@@ -75,8 +76,8 @@ class Criu:
         The container is held afterwards. Raises CheckpointError; then it isn't, and the application goes on. What was
         in `images` is older than the running application, and deleted. Cancelled, it takes as long and has the same
         effect. If `unless` is set before all memory is written, the dump is given up at once (GivenUp).
-        `close`: established TCP connections aren't dumped but end with the processes. `stop_clock`: the application's
-        monotonic clock stands still until the restore.
+        `close`: established TCP connections aren't dumped but end with the processes; neither that nor `keep`: a dump
+        with such connections fails. `stop_clock`: the application's monotonic clock stands still until the restore.
         """
         began = time.monotonic()
         store.discard(images)
@@ -92,7 +93,7 @@ class Criu:
                 raise CheckpointError(_sentence(error)) from error
             raise
         try:
-            await self._dump(init_pid, images, saved, tree, unless, _tcp(close))
+            await self._dump(init_pid, images, saved, tree, unless, *([_tcp(close)] if close or keep else []))
             await aftermath.gone(tree)
         except (Failed, OSError) as error:
             if store.complete(images) and not all(process.alive() for process in tree):

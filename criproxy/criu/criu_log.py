@@ -44,6 +44,7 @@ _MEANINGS: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
             r"Dangling connection|external socket is used|unix socket .* with(out)? peer",
             "a unix socket of it is connected to a process outside",
         ),
+        (r"Connected TCP socket", "it has an open connection, which can't be kept in the host's network"),
         (r"in-?flight|pending connection|not accepted", "it has connections that it hasn't accepted yet"),
         (r"Can't dump (in|half-?open)", "it has connections that it hasn't accepted yet"),
         (r"Found (dead|unknown) (master|pty)|tty|Can't .* (pts|ptmx)", "it has a terminal open"),

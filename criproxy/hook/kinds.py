@@ -66,10 +66,12 @@ class Hook(Network, Protocol):
 class Kind(NamedTuple):
     network: type[Hook]
     gate: type[Gate]
+    parks_packets: bool
+    """Whether what comes on an established connection can wait, too."""
 
 
-_POD = Kind(PodNetwork, Gate)
-_HOST = Kind(HostNetwork, HostGate)
+_POD = Kind(PodNetwork, Gate, parks_packets=True)
+_HOST = Kind(HostNetwork, HostGate, parks_packets=False)
 
 
 def kind(netns: Path) -> Kind:

@@ -416,6 +416,29 @@ async def test_what_cant_be_dumped_goes_on_and_says_why(
         assert container.wait() == 137
 
 
+async def test_where_no_connection_can_be_kept_one_is_a_refusal(
+    box: Callable[..., Box], criu: Criu, images: Path
+) -> None:
+    code = """
+import socket, time
+server = socket.create_server(("127.0.0.1", 8080))
+client = socket.create_connection(("127.0.0.1", 8080))
+accepted, _ = server.accept()
+print("ready")
+while True:
+    client.sendall(b"?")
+    assert accepted.recv(1) == b"?"
+    time.sleep(0.01)
+"""
+    container = box(*python(code))
+    container.hear("ready")
+    with pytest.raises(CheckpointError, match="it has an open connection, which can't be kept"):
+        await criu.dump(container.pid, images, keep=False)
+    assert not images.exists()
+    assert init.application_pid(container.pid) is not None
+    await criu.dump(container.pid, images)
+
+
 async def test_who_could_trace_criu_isnt_dumped(box: Callable[..., Box], criu: Criu, images: Path) -> None:
     container = box("sleep", "1000", capabilities=[*CAPABILITIES, "CAP_SYS_PTRACE"])
     with pytest.raises(CheckpointError, match="CAP_SYS_PTRACE"):

@@ -113,7 +113,7 @@ def make(tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Network, "stripped", [])
     monkeypatch.setattr(Network, "discarded", [])
     monkeypatch.setattr(Network, "broken", False)
-    monkeypatch.setattr(kinds, "_POD", kinds.Kind(cast(Any, Network), Gate))
+    monkeypatch.setattr(kinds, "_POD", kinds.Kind(cast(Any, Network), Gate, True))
     config = Config(state_dir=tmp_path / "state")
     return lambda: Node(config, cast(Runtime, runtime), cast(Criu, None), tmp_path / "pins")
 

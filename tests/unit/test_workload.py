@@ -60,7 +60,7 @@ async def test_a_disk_that_is_full_after_the_dump_does_not_undo_it(
 
     workload: Any = Workload.__new__(Workload)
     workload.init_pid, workload._images, workload._loader, workload._close = os.getpid(), tmp_path, None, False
-    workload._unix_sockets, workload._stop_clock = list, True
+    workload._unix_sockets, workload._stop_clock, workload._parked = list, True, True
     workload._criu = SimpleNamespace(dump=dump)
     workload._cgroup = SimpleNamespace(anonymous=lambda: 4, reclaim=lambda: None, procs=list, room=lambda: None)
     assert await workload.dump(asyncio.Event()) == 4
