@@ -114,7 +114,7 @@ def test_statistics_are_true_in_every_state(
 
 
 def test_what_a_container_sleeps_with_is_little_and_its_own(kubelet: Kubelet, daemon: Daemon) -> None:
-    """Whoever touches a file's page first is charged for it: CRIU, which wakes it, is the daemon's. Its own program
+    """Whoever touches a file's page first is charged for it: CRIU and the checkpoint are the daemon's. Its own program
     stays in memory, but as what the kernel takes first, which nobody counts as used."""
     with kubelet.run_pod(annotations=QUICK) as pod:
         container = pod.run("redis")
@@ -138,6 +138,9 @@ def test_what_a_container_sleeps_with_is_little_and_its_own(kubelet: Kubelet, da
         number = next(folder for folder in container.cgroups() if (folder / "memory.stat").exists()).stat().st_ino
         assert sum(charged(path)[number] for path in bundle) == 0
         assert sum(sum(charged(path).values()) for path in bundle) > 2 * MIB
+        images = [charged(path) for path in (daemon.state_dir / "containers" / container.id / "checkpoint").iterdir()]
+        assert sum(image[number] for image in images) == 0
+        assert sum(sum(image.values()) for image in images) > MIB
         own = sum(charged(root / file)[number] for file in files)
         assert own > 4 * MIB
         eventually(lambda: container.memory() < own / 8, "what it doesn't use is inactive")
