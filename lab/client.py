@@ -8,9 +8,9 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 from lab import LabError
+from lab.closing import Closing
 
 TIMEOUT = 20.0
 
@@ -25,7 +25,7 @@ class Request:
     """The body of an answer, None as long as it isn't there as a whole."""
 
 
-class Connection:
+class Connection(Closing):
     """An open TCP connection to an application of the lab."""
 
     def __init__(self, address: str, port: int, *, timeout: float = TIMEOUT) -> None:
@@ -51,14 +51,6 @@ class Connection:
         if body != request.wanted:
             raise LabError(f"{self._where} answered {body[:200]!r} instead of {request.wanted[:200]!r}")
         return seconds
-
-    def __enter__(self) -> "Connection":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._socket.close()

@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 import pg8000.native
 import pymysql
 
+from lab.closing import Closing
 from lab.kubelet import Container
 from lab.recipes import LARGE_PAGE
 
@@ -49,24 +50,11 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-class _Closing(contextlib.AbstractContextManager["_Closing"]):
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
 def own_address(sock: socket.socket) -> str:
     return str(sock.getsockname()[0])
 
 
-class _Plain(_Closing):
+class _Plain(Closing):
     """A session over a bare socket."""
 
     def __init__(self, sock: socket.socket, caller: str) -> None:
@@ -146,7 +134,7 @@ class HttpSession(_Plain):
             raise WrongAnswer(f"{path} has another body: {body[:80]!r}, {len(body)} characters")
 
 
-class MariadbSession(_Closing):
+class MariadbSession(Closing):
     def __init__(self, sock: socket.socket, caller: str) -> None:
         self._caller = caller
         self._address = own_address(sock)
@@ -171,7 +159,7 @@ class MariadbSession(_Closing):
             self._connection.close()
 
 
-class PostgresqlSession(_Closing):
+class PostgresqlSession(Closing):
     def __init__(self, sock: socket.socket, caller: str) -> None:
         self._caller = caller
         self._address = own_address(sock)

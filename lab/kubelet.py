@@ -26,6 +26,7 @@ import grpc
 
 from criproxy.api import cri_pb2 as cri
 from lab import LabError, cgroups, image_name, stream
+from lab.closing import Closing
 from lab.containerd import Containerd
 
 # kubelet's runtimeRequestTimeout, seconds.
@@ -56,7 +57,7 @@ class Result:
 
 
 @dataclass
-class Kubelet:
+class Kubelet(Closing):
     """See the module's text. `version` is the CRI package; `handler` what a runtimeClassName would give every pod."""
 
     endpoint: str
@@ -67,14 +68,6 @@ class Kubelet:
     def __post_init__(self) -> None:
         self.channel = grpc.insecure_channel(self.endpoint, options=_UNLIMITED)
         self._numbers = itertools.count(1)
-
-    def __enter__(self) -> "Kubelet":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Remove the pods that are left, as far as the endpoint still answers, and close the channel."""

@@ -12,16 +12,16 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from types import TracebackType
 from urllib.parse import urlsplit
 
 from lab import LabError
+from lab.closing import Closing
 
 _BINARY, _CLOSE, _PING, _PONG = 2, 8, 9, 10
 STDIN, STDOUT, STDERR, STATUS = 0, 1, 2, 3
 
 
-class Stream:
+class Stream(Closing):
     """An open stream. `read()` collects output by channel; times in seconds."""
 
     def __init__(self, connection: socket.socket, received: bytes) -> None:
@@ -60,14 +60,6 @@ class Stream:
                 stream._receive()
             stream.channels = dict.fromkeys(stream.channels, b"")
         return stream
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write(self, data: bytes, channel: int = STDIN) -> None:
         self._send(_BINARY, bytes([channel]) + data)
