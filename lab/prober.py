@@ -33,7 +33,7 @@ from criproxy.api import cri_pb2 as cri
 from lab import CHECKOUT, LabError, cgroups
 from lab.console import sentence
 from lab.containerd import Containerd
-from lab.kubelet import TIMEOUT, Container
+from lab.kubelet import PATIENCE, TIMEOUT, Container
 from lab.process import Service
 
 USER_AGENT = "kube-probe/1.36"
@@ -234,7 +234,7 @@ class Prober:
     def failures(self, *, since: float = 0.0) -> list[Result]:
         return [result for result in self.results(since=since) if not result.success]
 
-    def wait_for_success(self, *, timeout: float = 30.0) -> None:
+    def wait_for_success(self, *, timeout: float = PATIENCE) -> None:
         """Until the last result of every probe is a success: the pods are ready. Raises LabError after seconds."""
         deadline = time.monotonic() + timeout
         while True:

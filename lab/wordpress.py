@@ -126,14 +126,14 @@ class Site:
         return site
 
     def _install(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + _PATIENCE
         while True:
             # The ingress may not listen yet, nor what is behind it.
             with contextlib.suppress(OSError):
                 if self.request("GET", _FILE)[0] == 200:
                     break
             if time.monotonic() > deadline:
-                raise LabError("WordPress doesn't answer within 20 s", self.wordpress.logs())
+                raise LabError(f"WordPress doesn't answer within {_PATIENCE:g} s", self.wordpress.logs())
             time.sleep(0.1)
         password = secrets.token_hex(8)
         form = {
@@ -193,12 +193,12 @@ class Site:
 
     # --- What criproxy does to it ----------------------------------------------------------------------------
 
-    def until_asleep(self, daemon: Daemon, *, timeout: float = 30.0) -> None:
+    def until_asleep(self, daemon: Daemon, *, timeout: float = _PATIENCE) -> None:
         """Both. Raises LabError after `timeout` seconds for each."""
         for container in (self.wordpress, self.database):
             self.until_it_sleeps(daemon, container, timeout=timeout)
 
-    def until_it_sleeps(self, daemon: Daemon, container: Container, *, timeout: float = 30.0) -> None:
+    def until_it_sleeps(self, daemon: Daemon, container: Container, *, timeout: float = _PATIENCE) -> None:
         """One of them. Raises LabError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (status := daemon.seen(container.id)).state != "scaled_down":
@@ -249,11 +249,10 @@ class Site:
             raise LabError(f"Checkpoints of WordPress and its database under requests: {before}, then {after}")
         return times
 
-    def probes(self, period: float) -> list[prober.AnyProbe]:
-        """Liveness and readiness of both; WordPress is ready if its database is. `period` in seconds."""
+    def probes(self, period: float, *, timeout: float = 5.0) -> list[prober.AnyProbe]:
+        """Liveness and readiness of both; WordPress is ready if its database is. `period` and `timeout` in seconds: the
+        form takes PHP one where others are at work on the machine."""
         wordpress, database = self.wordpress.pod.ip, self.database.pod.ip
-        # The form takes PHP a second where others are at work on the machine.
-        timeout = 5.0
         return [
             prober.Http("wordpress, liveness", wordpress, 80, _FILE, period=period, timeout=timeout),
             prober.Http("wordpress, readiness", wordpress, 80, _FORM, period=period, timeout=timeout),

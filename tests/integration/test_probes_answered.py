@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from specimen import eventually
+from specimen import PATIENCE, eventually
 
 from criproxy.kernel.namespaces import in_network_namespace
 from lab.containerd import Containerd
@@ -22,7 +22,7 @@ from lab.prober import Http, Prober, Tcp
 QUICK = {"criproxy.io/scaledown-duration": "500ms"}
 HOOK = {"User-Agent": "kube-lifecycle/1.36"}
 ONCE = 3600.0
-SECONDS = 5.0
+PERIOD = 0.5
 AGENT = "127.0.0.6"
 """The address from which Istio's agent connects to the application."""
 
@@ -65,9 +65,18 @@ def nginx(kubelet: Kubelet, tmp_path: Path) -> Iterator[Callable[..., Container]
 def settled(daemon: Daemon, prober: Prober, container: Container) -> int:
     """Once all probes succeed and the container sleeps in spite of them, its number of restores."""
     prober.wait_for_success()
-    daemon.wait_for(container.id, "scaled_down")
-    time.sleep(1.5)  # a probe may have come before its first answer was known
-    return int(daemon.wait_for(container.id, "scaled_down")["restores"])
+    restores = -1
+    # A probe may have come before its first answer was known.
+    while restores != (restores := int(daemon.wait_for(container.id, "scaled_down")["restores"])):
+        probed(prober, 3)
+    return restores
+
+
+def probed(prober: Prober, times: int) -> None:
+    """Waits until each probe has been made so often from now on."""
+    began = time.monotonic()
+    for probe in prober._probes:
+        eventually(lambda p=probe: len(prober.results(p.name, since=began)) >= times, f"{times} probes")
 
 
 def asked(containerd: Containerd, probe: Http) -> str:
@@ -100,14 +109,15 @@ def test_https_probes_let_it_sleep_and_a_hook_over_tls_reaches_it(
 ) -> None:
     container = nginx()
     address = container.pod.ip
-    with Prober(containerd, [Http("tls", address, 443, "/healthz", tls=True)]) as prober:
+    probe = Http("tls", address, 443, "/healthz", tls=True, period=PERIOD, timeout=PATIENCE)
+    with Prober(containerd, [probe]) as prober:
         restores = settled(daemon, prober, container)
         began = time.monotonic()
-        time.sleep(SECONDS)
+        probed(prober, 5)
         assert prober.failures(since=began) == []
         assert {result.output for result in prober.results(since=began)} == {"HTTP 200, 0 bytes"}
         assert daemon.container(container.id)["restores"] == restores
-        hook = Http("hook", address, 443, "/stop", HOOK, tls=True, timeout=10, period=ONCE)
+        hook = Http("hook", address, 443, "/stop", HOOK, tls=True, timeout=PATIENCE, period=ONCE)
         body = f"for {address}: /stop"  # relayed: the application sees an address of the pod
         assert asked(containerd, hook) == f"HTTP 200, {len(body)} bytes"
         assert daemon.container(container.id)["restores"] == restores + 1
@@ -117,27 +127,27 @@ def test_where_https_probes_are_to_wake_they_do(
     containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]
 ) -> None:
     container = nginx({**QUICK, "criproxy.io/probes": "wake"})
-    probe = Http("tls", container.pod.ip, 443, "/healthz", tls=True, period=3, timeout=3)
+    probe = Http("tls", container.pod.ip, 443, "/healthz", tls=True, period=2, timeout=PATIENCE)
     with Prober(containerd, [probe]) as prober:
         prober.wait_for_success()
+        began = time.monotonic()
         eventually(lambda: int(daemon.container(container.id)["restores"]) >= 2, "each probe wakes it")
-        assert prober.failures() == []
-        assert {result.output for result in prober.results()} != {"HTTP 200, 0 bytes"}
+        assert prober.failures(since=began) == []
+        assert {result.output for result in prober.results(since=began)} != {"HTTP 200, 0 bytes"}
 
 
 def test_a_new_probe_wakes_once(containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]) -> None:
     container = nginx()
     address = container.pod.ip
-    with Prober(containerd, [Http("live", address, 80, "/live")]) as live:
+    with Prober(containerd, [Http("live", address, 80, "/live", period=PERIOD, timeout=PATIENCE)]) as live:
         restores = settled(daemon, live, container)
-        assert asked(containerd, Http("hook", address, 80, "/live", HOOK, timeout=10, period=ONCE)).startswith(
-            "HTTP 200"
-        )
+        hook = Http("hook", address, 80, "/live", HOOK, timeout=PATIENCE, period=ONCE)
+        assert asked(containerd, hook).startswith("HTTP 200")
         assert daemon.container(container.id)["restores"] == restores + 1
-        with Prober(containerd, [Http("ready", address, 80, "/ready", timeout=10)]) as ready:
+        with Prober(containerd, [Http("ready", address, 80, "/ready", period=PERIOD, timeout=PATIENCE)]) as ready:
             restores = settled(daemon, ready, container)
             began = time.monotonic()
-            time.sleep(SECONDS)
+            probed(ready, 5)
             assert ready.failures() + live.failures(since=began) == []
             assert daemon.container(container.id)["restores"] == restores
 
@@ -149,11 +159,12 @@ def test_a_probe_that_is_given_up_wakes_nobody(
     restart of the daemon."""
     container = nginx()
     address = container.pod.ip
-    with Prober(containerd, [Http("live", address, 80, "/live")]) as live:
+    with Prober(containerd, [Http("live", address, 80, "/live", period=PERIOD, timeout=PATIENCE)]) as live:
         restores = settled(daemon, live, container)
-        with Prober(containerd, [Tcp("given up", address, 80)]) as given_up:
-            given_up.wait_for_success()
-            time.sleep(1)
+        with Prober(containerd, [Tcp("given up", address, 80, period=PERIOD, timeout=PATIENCE)]) as given_up:
+            probed(given_up, 2)
+            assert given_up.failures() == []
+        probed(live, 1)
         assert daemon.container(container.id)["restores"] == restores
 
 
@@ -161,14 +172,16 @@ def test_what_kubelet_finds_sick_is_not_scaled_down(
     containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]
 ) -> None:
     container = nginx()
-    with Prober(containerd, [Http("sick", container.pod.ip, 80, "/sick")]):
+    probe = Http("sick", container.pod.ip, 80, "/sick", period=PERIOD, timeout=PATIENCE)
+    with Prober(containerd, [probe]) as prober:
         reason = "kubelet's HTTP probe GET :80/sick was last answered 503"
         eventually(lambda: daemon.container(container.id)["reason"] == reason, "it says why")
-        before = daemon.container(container.id)
-        time.sleep(3)
-        status = daemon.container(container.id)
         # It may have been scaled down before the first probe came.
-        assert (status["state"], status["reason"], status["checkpoints"]) == ("running", reason, before["checkpoints"])
+        before = daemon.container(container.id)
+        probed(prober, 4)
+        eventually(lambda: daemon.container(container.id)["reason"] == reason, "it still says why")
+        status = daemon.container(container.id)
+        assert (status["state"], status["checkpoints"]) == ("running", before["checkpoints"])
 
 
 def test_an_agent_probes_in_kubelets_place(daemon: Daemon, nginx: Callable[..., Container]) -> None:

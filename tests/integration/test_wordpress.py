@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from specimen import PATIENCE, eventually
 
 from lab.containerd import Containerd
 from lab.daemon import Daemon
-from lab.recipes import USUAL
 from lab.kubelet import Kubelet
 from lab.prober import Prober
+from lab.recipes import USUAL
 from lab.wordpress import IMAGES, Site
 
 DURATION = 2.0
@@ -34,7 +35,7 @@ def site(kubelet: Kubelet, loaded: None) -> Site:
 @pytest.fixture
 def probing(site: Site, containerd: Containerd) -> Iterator[Prober]:
     """kubelet's probes of both, from their first success on without any failure."""
-    with Prober(containerd, site.probes(PERIOD)) as prober:
+    with Prober(containerd, site.probes(PERIOD, timeout=PATIENCE)) as prober:
         prober.wait_for_success()
         began = time.monotonic()
         yield prober
@@ -62,8 +63,7 @@ def test_probes_go_on_and_wake_nobody(site: Site, daemon: Daemon, probing: Probe
     began = time.monotonic()
     with site.woken(daemon, wordpress=0, database=0):
         for probe in site.probes(PERIOD):
-            while len(probing.results(probe.name, since=began)) < 6:
-                time.sleep(0.1)
+            eventually(lambda name=probe.name: len(probing.results(name, since=began)) >= 6, "six of each")
     site.page()
 
 
