@@ -309,7 +309,7 @@ PORTS_MAP = Key(
     True,
     "`name=80,81;other=8080`",
     "found from the sockets a container listens on",
-    "The ports at which a packet wakes the container of that name.",
+    "The ports at which a packet wakes the container of that name. Needed in the host's network (`hostNetwork`).",
 )
 SCALEDOWN_DURATION = Key(
     "scaledown-duration",

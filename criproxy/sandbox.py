@@ -26,6 +26,7 @@ from criproxy.kubelet.answering import Answering
 from criproxy.kubelet.probes import Probes
 from criproxy.policy import Answers, Connections, Policy, Port, Tier
 from criproxy.record import Record, State
+from criproxy.run import CommandError
 from criproxy.scaledown import Checkpoint, Freeze, Method, Restart
 from criproxy.workload import Processes, Workload
 
@@ -81,7 +82,7 @@ class Sandbox:
     def _answer(self, network: Hook) -> None:
         try:
             listeners = network.listen()
-        except (BpfError, OSError) as error:
+        except (BpfError, OSError, CommandError) as error:
             log.warning("%s/%s: kubelet's probes will wake it: %s", self.record.namespace, self.record.name, error)
             return
         self._answering = Answering(

@@ -22,8 +22,8 @@ from lab import LabError, cgroups
 from lab.containerd import Containerd, mounts_below
 from lab.process import run
 
-# linux/bpf.h: BPF_PROG_TYPE_SCHED_CLS (tc) and BPF_PROG_TYPE_SOCK_OPS.
-BPF_KINDS = {3: "tc", 13: "sock_ops"}
+# linux/bpf.h: BPF_PROG_TYPE_SCHED_CLS (tc), BPF_PROG_TYPE_SOCK_OPS and BPF_PROG_TYPE_SK_LOOKUP.
+BPF_KINDS = {3: "tc", 13: "sock_ops", 30: "sk_lookup"}
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _BPF_PROG_GET_NEXT_ID, _BPF_PROG_GET_FD_BY_ID, _BPF_OBJ_GET_INFO_BY_FD = 11, 13, 15
 
