@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from box import Box, until
-from specimen import build, eventually
+from specimen import QUICK, Specimen, build, eventually
 from topology import Topology, topology
 from traffic import HTTP, Hook
 
@@ -22,12 +22,25 @@ from criproxy.hook.network import PodNetwork
 from lab import inventory
 from lab.containerd import Containerd
 from lab.daemon import Daemon
+from lab.kubelet import Kubelet, Pod
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled specimen."""
     return build(tmp_path_factory.mktemp("specimen"))
+
+
+@pytest.fixture
+def pod(kubelet: Kubelet) -> Iterator[Pod]:
+    """One whose containers are scaled down soon."""
+    with kubelet.run_pod(annotations=QUICK) as running:
+        yield running
+
+
+@pytest.fixture
+def specimen(pod: Pod, program: Path) -> Specimen:
+    return Specimen.run(pod, program)
 
 
 @pytest.fixture

@@ -261,6 +261,10 @@ def seen(daemon: Daemon, container_id: str) -> control_pb2.ContainerStatus:
     return daemon.seen(container_id)
 
 
+def asleep(daemon: Daemon, specimen: Specimen) -> None:
+    wait_for(daemon, specimen.id, "scaled_down")
+
+
 def wait_for(daemon: Daemon, container_id: str, *states: str, timeout: float = PATIENCE) -> control_pb2.ContainerStatus:
     """Waits until the container is in one of the states."""
     deadline = time.monotonic() + timeout

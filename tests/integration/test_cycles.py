@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pg8000.native
-import pytest
 from specimen import AWAKE, PORT, QUICK, Specimen, comm, container_pids, eventually, never, seen, status, wait_for
 
 from lab import client, dialogues
 from lab.containerd import Containerd
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet, Pod
-
-
-@pytest.fixture
-def pod(kubelet: Kubelet) -> Iterator[Pod]:
-    with kubelet.run_pod(annotations=QUICK) as running:
-        yield running
-
-
-@pytest.fixture
-def specimen(pod: Pod, program: Path) -> Specimen:
-    return Specimen.run(pod, program)
 
 
 def asleep(daemon: Daemon, container: Container | Specimen) -> None:

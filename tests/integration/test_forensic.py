@@ -7,7 +7,7 @@ import json
 import socket
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -22,12 +22,6 @@ from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet, Pod
 
 TEXT = "evidence-that-is-nowhere-but-in-memory"
-
-
-@pytest.fixture
-def pod(kubelet: Kubelet) -> Iterator[Pod]:
-    with kubelet.run_pod(annotations=QUICK) as running:
-        yield running
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from specimen import (
     PORT,
     QUICK,
     Specimen,
+    asleep,
     container_pids,
     criu_at_work,
     eventually,
@@ -40,21 +41,6 @@ from lab.kubelet import Kubelet, Pod
 
 EXITED = cri.ContainerState.CONTAINER_EXITED
 RUNNING = cri.ContainerState.CONTAINER_RUNNING
-
-
-@pytest.fixture
-def pod(kubelet: Kubelet) -> Iterator[Pod]:
-    with kubelet.run_pod(annotations=QUICK) as running:
-        yield running
-
-
-@pytest.fixture
-def specimen(pod: Pod, program: Path) -> Specimen:
-    return Specimen.run(pod, program)
-
-
-def asleep(daemon: Daemon, specimen: Specimen) -> None:
-    wait_for(daemon, specimen.id, "scaled_down")
 
 
 # --- Into it ---------------------------------------------------

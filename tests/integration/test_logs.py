@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from specimen import QUICK, Specimen, eventually, seen, wait_for
+from specimen import QUICK, Specimen, asleep, eventually, seen
 
 from lab.daemon import Daemon
 from lab.kubelet import Container, Kubelet
@@ -61,10 +61,6 @@ def _read(file: Path) -> Iterator[Line]:
 def specimen(kubelet: Kubelet, program: Path) -> Iterator[Specimen]:
     with kubelet.run_pod(annotations=QUICK) as pod:
         yield Specimen.run(pod, program)
-
-
-def asleep(daemon: Daemon, specimen: Specimen) -> None:
-    wait_for(daemon, specimen.id, "scaled_down")
 
 
 def test_no_line_is_lost_and_none_is_doubled_whatever_happens_between(specimen: Specimen, daemon: Daemon) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,6 @@ from criproxy.api import cri_pb2 as cri
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet, Pod
 from lab.volumes import mounted, project, sub_path
-
-
-@pytest.fixture
-def pod(kubelet: Kubelet) -> Iterator[Pod]:
-    with kubelet.run_pod(annotations=QUICK) as running:
-        yield running
 
 
 def asleep(daemon: Daemon, specimen: Specimen) -> None:

@@ -7,7 +7,6 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,6 @@ from lab.kubelet import Container, Kubelet, Pod
 MIB = 1 << 20
 RUNNING = cri.ContainerState.CONTAINER_RUNNING
 FREEZE = {**QUICK, "criproxy.io/tier": "freeze"}
-
-
-@pytest.fixture
-def pod(kubelet: Kubelet) -> Iterator[Pod]:
-    with kubelet.run_pod(annotations=QUICK) as running:
-        yield running
 
 
 # --- Statistics ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,6 @@ from lab import LabError
 from lab.daemon import Daemon
 from lab.kubelet import Kubelet, Pod
 from lab.stream import Stream
-
-
-@pytest.fixture
-def pod(kubelet: Kubelet) -> Iterator[Pod]:
-    with kubelet.run_pod(annotations=QUICK) as running:
-        yield running
 
 
 @pytest.fixture

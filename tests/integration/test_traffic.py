@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specimen import PATIENCE, PORT, QUICK, Connection, Specimen, eventually, never, seen, wait_for
+from specimen import PATIENCE, PORT, QUICK, Connection, Specimen, asleep, eventually, never, seen
 from traffic import sent_again
 
 from lab.daemon import Daemon
@@ -24,10 +24,6 @@ CHECKPOINT = {**QUICK, "criproxy.io/tier": "checkpoint"}
 def specimen(kubelet: Kubelet, program: Path) -> Iterator[Specimen]:
     with kubelet.run_pod(annotations=CHECKPOINT) as pod:
         yield Specimen.run(pod, program)
-
-
-def asleep(daemon: Daemon, specimen: Specimen) -> None:
-    wait_for(daemon, specimen.id, "scaled_down")
 
 
 # --- Requests under way -----------------------------------------------------------------------------------------------
