@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import tarfile
 import threading
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-from specimen import AWAKE, QUICK, Specimen, container_pids, eventually, seen, wait_for
+from specimen import AWAKE, PATIENCE, QUICK, Specimen, container_pids, eventually, seen, wait_for
 
 from criproxy.api import cri_pb2 as cri
 from criproxy.criu import images
@@ -37,6 +38,35 @@ def location(containerd: Containerd) -> Path:
 def checkpoint(container: Container, location: Path) -> None:
     request = cri.CheckpointContainerRequest(container_id=container.id, location=str(location))
     container.pod.kubelet.call("CheckpointContainer", request, cri.CheckpointContainerResponse)
+
+
+def started(specimen: Specimen, location: Path) -> Any:
+    """A checkpoint that goes on by itself (grpc.Future)."""
+    invoke = specimen.container.pod.kubelet.channel.unary_unary(
+        "/runtime.v1.RuntimeService/CheckpointContainer",
+        request_serializer=cri.CheckpointContainerRequest.SerializeToString,
+        response_deserializer=cri.CheckpointContainerResponse.FromString,
+    )
+    return invoke.future(cri.CheckpointContainerRequest(container_id=specimen.id, location=str(location)))
+
+
+def in_the_middle(daemon: Daemon, specimen: Specimen, location: Path) -> Any:
+    """One that is under way, of a container that isn't scaled down otherwise. A busy machine may miss it: once more."""
+    for _ in range(10):
+        call = started(specimen, location)
+        while not call.done():
+            if seen(daemon, specimen.id).state == "parking":
+                return call
+            time.sleep(0.003)
+        call.result()
+        location.unlink()
+    pytest.fail("each was over before it was seen")
+
+
+def unfinished(daemon: Daemon) -> list[Path]:
+    """What archives are being made of."""
+    folder = daemon.state_dir / "archives"
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def refused(container: Container, location: Path) -> tuple[grpc.StatusCode, str]:
@@ -94,8 +124,10 @@ def test_what_sleeps_is_archived_without_waking_it(
     pod: Pod, program: Path, daemon: Daemon, location: Path, tmp_path: Path
 ) -> None:
     specimen = Specimen.run(pod, program)
+    began = time.time()
     specimen.tell(f"set {TEXT}")
     before = wait_for(daemon, specimen.id, "scaled_down")
+    asked = time.time()
     location.write_text("of another time")
     checkpoint(specimen.container, location)
     after = seen(daemon, specimen.id)
@@ -104,11 +136,11 @@ def test_what_sleeps_is_archived_without_waking_it(
     archive.check(specimen.container)
     assert archive.holds(TEXT)
     checkpointed = datetime.fromisoformat(str(archive.json("config.dump")["checkpointedTime"]))
-    assert abs(checkpointed.timestamp() - before.since.seconds) < 2, "when it was, not when it was asked for"
-    assert not list((daemon.state_dir / "archives").iterdir())
+    assert began < checkpointed.timestamp() < asked, "when it was, not when it was asked for"
+    assert not unfinished(daemon)
     # It is as good as before.
     assert specimen.ask("get") == TEXT
-    assert seen(daemon, specimen.id).reason.startswith("last activity")
+    assert wait_for(daemon, specimen.id, "scaled_down").reason == ""
 
 
 @pytest.mark.parametrize("wishes", [QUICK, AWAKE, {**QUICK, "zeropod.ctrox.dev/disable-checkpointing": "true"}])
@@ -117,22 +149,21 @@ def test_what_runs_goes_on_running(
 ) -> None:
     with kubelet.run_pod(annotations=wishes) as pod:
         specimen = Specimen.run(pod, program)
-        with specimen.connect() as connection:
-            connection.send("never")  # which holds it up
-            specimen.tell(f"set {TEXT}")
-            pids = container_pids(specimen.container)
+        specimen.tell(f"set {TEXT}")
+        with specimen.awake(), specimen.connect() as connection:
+            pids, before = container_pids(specimen.container), seen(daemon, specimen.id).checkpoints
             for _ in range(2):
                 checkpoint(specimen.container, location)
                 assert seen(daemon, specimen.id).state == "running"
                 assert connection.ask("get") == TEXT
             assert container_pids(specimen.container) == pids
-            assert seen(daemon, specimen.id).checkpoints == 0
+            assert seen(daemon, specimen.id).checkpoints == before
         archive = Archive(location, tmp_path)
         archive.check(specimen.container)
         assert archive.holds(TEXT)
         specimen.container.stop(20)
-        found = specimen.container.status()
-        assert (found.exit_code, specimen.log[-1]) == (0, "caught 15")
+        assert specimen.container.status().exit_code == 0
+        specimen.has_said("caught 15")
 
 
 def test_requests_meanwhile_are_answered(pod: Pod, program: Path, daemon: Daemon, location: Path) -> None:
@@ -168,11 +199,10 @@ def test_it_wakes_in_the_middle(pod: Pod, program: Path, daemon: Daemon, locatio
     specimen = Specimen.run(pod, program, memory=60)
     specimen.tell(f"set {TEXT}")
     wait_for(daemon, specimen.id, "scaled_down")
-    making = threading.Thread(target=checkpoint, args=(specimen.container, location))
-    making.start()
+    call = started(specimen, location)
     for _ in range(20):
         assert specimen.ask("get") == TEXT
-    making.join()
+    call.result(PATIENCE)
     archive = Archive(location, tmp_path)
     archive.check(specimen.container)
     assert archive.holds(TEXT)
@@ -196,17 +226,16 @@ def test_what_it_has_changed_of_its_image(pod: Pod, program: Path, location: Pat
     assert not {"bin/vi", "bin/sh", "etc/passwd"} & layer.keys()
 
 
-def test_a_caller_that_does_not_wait(pod: Pod, program: Path, daemon: Daemon, location: Path) -> None:
-    specimen = Specimen.run(pod, program, memory=700)
-    specimen.tell(f"set {TEXT}")
-    before = set(location.parent.iterdir())
-    request = cri.CheckpointContainerRequest(container_id=specimen.id, location=str(location))
-    with pytest.raises(grpc.RpcError) as caught:
-        pod.kubelet.call("CheckpointContainer", request, cri.CheckpointContainerResponse, timeout=0.3)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    eventually(lambda: not list((daemon.state_dir / "archives").iterdir()), "nothing is left of it")
-    assert set(location.parent.iterdir()) == before
-    assert specimen.ask("get", timeout=30) == TEXT
+def test_a_caller_that_does_not_wait(kubelet: Kubelet, program: Path, daemon: Daemon, location: Path) -> None:
+    with kubelet.run_pod(annotations=AWAKE) as pod:
+        specimen = Specimen.run(pod, program, memory=300)
+        specimen.tell(f"set {TEXT}")
+        before = set(location.parent.iterdir())
+        assert in_the_middle(daemon, specimen, location).cancel()
+        eventually(lambda: not unfinished(daemon), "nothing is left of it")
+        eventually(lambda: set(location.parent.iterdir()) == before, "nothing is left where it was to be")
+        wait_for(daemon, specimen.id, "running")
+        assert specimen.ask("get") == TEXT
 
 
 @pytest.mark.parametrize(
@@ -298,24 +327,18 @@ def test_who_did_not_opt_in_gets_the_runtimes_own_answer(
 
 def test_it_ends_in_the_middle(kubelet: Kubelet, program: Path, daemon: Daemon, location: Path) -> None:
     with kubelet.run_pod(annotations=AWAKE) as pod:
-        specimen = Specimen.run(pod, program, memory=300)
-        wrong: list[grpc.RpcError] = []
-
-        def make() -> None:
-            try:
-                checkpoint(specimen.container, location)
-            except grpc.RpcError as error:
-                wrong.append(error)
-
-        making = threading.Thread(target=make)
-        making.start()
-        wait_for(daemon, specimen.id, "parking")
-        specimen.container.stop(0)
-        making.join(30)
-        assert specimen.container.status().exit_code == 137
-        assert wrong[0].code() is grpc.StatusCode.FAILED_PRECONDITION
+        # On a busy machine the checkpoint may be faster than the end.
+        for number in range(5):
+            specimen = Specimen.run(pod, program, f"specimen-{number}", memory=300)
+            call = in_the_middle(daemon, specimen, location)
+            specimen.container.stop(0)
+            assert specimen.container.status().exit_code == 137
+            if error := call.exception(PATIENCE):
+                break
+            location.unlink()
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert not location.exists()
-        assert not list((daemon.state_dir / "archives").iterdir())
+        assert not unfinished(daemon)
 
 
 def test_a_daemon_that_is_killed_leaves_nothing_half(
@@ -325,17 +348,15 @@ def test_a_daemon_that_is_killed_leaves_nothing_half(
         specimen = Specimen.run(pod, program, memory=300)
         specimen.tell(f"set {TEXT}")
         before = set(location.parent.iterdir())
-
-        def make() -> None:
-            with contextlib.suppress(grpc.RpcError):
-                checkpoint(specimen.container, location)
-
-        making = threading.Thread(target=make)
-        making.start()
-        wait_for(daemon, specimen.id, "parking")
-        daemon.kill()
-        daemon.start()
-        making.join(30)
+        # On a busy machine the checkpoint may be faster than we are.
+        for _ in range(5):
+            call = in_the_middle(daemon, specimen, location)
+            daemon.kill()
+            daemon.start()
+            if error := call.exception(PATIENCE):
+                break
+            location.unlink()
+        assert error
         assert set(location.parent.iterdir()) == before
         assert not (daemon.state_dir / "archives").exists()
         wait_for(daemon, specimen.id, "running")
