@@ -132,11 +132,9 @@ def prepare(
     state_dir: Path,
     *,
     criu_root: Path | None = None,
-    suite: str | None = SUITE,
-    say: Callable[[str], object] = _log.info,
 ) -> Bundle:
     """The bundle to use on this machine: from `criu_root` if one is given, else of the host's CRIU if it works here,
-    else of the Debian packages of `suite` (None: download nothing), which are kept in the state folder.
+    else of Debian's packages (`SUITE`), which are kept in the state folder.
 
     Raises BundleError if none of these works.
     """
@@ -145,13 +143,11 @@ def prepare(
     try:
         return build(Path("/"), libexec, state_dir)
     except BundleError as error:
-        if suite is None:
-            raise
-        say(f"{error}")
+        _log.info("%s", error)
         reason = error
-    root = state_dir / f"criu-{suite}"
+    root = state_dir / f"criu-{SUITE}"
     try:
-        download(suite, root, say=say)
+        download(SUITE, root, say=_log.info)
     except DownloadError as error:
         raise BundleError(f"{reason} And no other CRIU could be had: {error}") from error
     return build(root, libexec, state_dir)

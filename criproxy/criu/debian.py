@@ -1,4 +1,4 @@
-"""Takes programs from another Debian release than the machine's own, without installing them.
+"""Takes CRIU from another Debian release than the machine's own, without installing them.
 
 This machine's own package sources name the mirror; apt fetches and verifies (with Debian's keys) as ever, but with a
 private state: the machine's package lists, cache and installed packages are neither read nor changed.
@@ -18,6 +18,8 @@ from criproxy import run
 
 _KEYRINGS: Final = tuple(Path(f"/usr/share/keyrings/debian-archive-keyring.{ending}") for ending in ("pgp", "gpg"))
 
+_PACKAGE: Final = "criu"
+
 # Seconds for each of apt's steps: a slow mirror is no error, a dead one should be.
 _TIMEOUT: Final = 600
 
@@ -26,8 +28,8 @@ class DownloadError(Exception):
     """The packages couldn't be had. The text is a sentence for people, with a hint."""
 
 
-def download(suite: str, into: Path, *, package: str = "criu", say: Callable[[str], object] = print) -> None:
-    """Unpacks a package of a Debian release (`trixie`, `sid`) and all that it depends on into the folder `into`.
+def download(suite: str, into: Path, *, say: Callable[[str], object] = print) -> None:
+    """Unpacks CRIU of a Debian release (`trixie`, `sid`) and all that it depends on into the folder `into`.
 
     If `into` is there, it is complete, and nothing is done. Raises DownloadError if this isn't a Debian machine, if the
     signatures don't hold or if the mirror can't be reached.
@@ -46,8 +48,8 @@ def download(suite: str, into: Path, *, package: str = "criu", say: Callable[[st
         try:
             say(f"Reading the package list of Debian {suite} from {urlsplit(mirror).hostname or mirror}")
             run.run(["apt-get", *options, "-q", "update"], env=_environment(), timeout=_TIMEOUT).check()
-            say(f"Fetching {package} and its libraries")
-            get = ["apt-get", *options, "-q", "-y", "--no-install-recommends", "--download-only", "install", package]
+            say(f"Fetching {_PACKAGE} and its libraries")
+            get = ["apt-get", *options, "-q", "-y", "--no-install-recommends", "--download-only", "install", _PACKAGE]
             run.run(get, env=_environment(), timeout=_TIMEOUT).check()
             packages = sorted((work / "cache/archives").glob("*.deb"))
             say(f"Unpacking {len(packages)} packages")
@@ -57,9 +59,9 @@ def download(suite: str, into: Path, *, package: str = "criu", say: Callable[[st
             # apt's own words: the command line is nobody's business.
             words = error.completed.stderr.decode(errors="replace").strip() if error.completed else ""
             said = words.splitlines()[-1] if words else str(error)
-            raise DownloadError(f"{package} of Debian {suite} can't be fetched from {mirror}: {said}") from error
+            raise DownloadError(f"{_PACKAGE} of Debian {suite} can't be fetched from {mirror}: {said}") from error
         if not packages:
-            raise DownloadError(f"{package} of Debian {suite} wasn't fetched, although apt reported no error.")
+            raise DownloadError(f"{_PACKAGE} of Debian {suite} wasn't fetched, although apt reported no error.")
         os.sync()
         (work / "root").rename(into)
     finally:
