@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,8 +69,8 @@ class Criu:
         close: bool = False,
         keep: bool = True,
         stop_clock: bool = True,
-    ) -> float:
-        """Dumps the application of a container into the new folder `images` and ends its processes; returns how long.
+    ) -> None:
+        """Dumps the application of a container into the new folder `images` and ends its processes.
 
         The container is held afterwards. Raises CheckpointError; then it isn't, and the application goes on. What was
         in `images` is older than the running application, and deleted. Cancelled, it takes as long and has the same
@@ -79,7 +78,6 @@ class Criu:
         `close`: established TCP connections aren't dumped but end with the processes; neither that nor `keep`: a dump
         with such connections fails. `stop_clock`: the application's monotonic clock stands still until the restore.
         """
-        began = time.monotonic()
         store.discard(images)
         try:
             saved, tree = self._survey(init_pid)
@@ -102,7 +100,7 @@ class Criu:
                 await aftermath.gone(tree)
                 _take_over(init_pid, images, saved, stop_clock)
                 _pass_on(error)
-                return time.monotonic() - began
+                return
             refusal = _refusal(error, tree, images)
             with contextlib.suppress(ProcessLookupError):
                 init.release(init_pid)
@@ -110,7 +108,6 @@ class Criu:
             _pass_on(error)
             raise refusal from error
         _take_over(init_pid, images, saved, stop_clock)
-        return time.monotonic() - began
 
     async def snapshot(self, init_pid: int, images: Path, unless: asyncio.Event) -> None:
         """Dumps the application of a container into the new folder `images`, and lets it go on: for people to look at,
@@ -166,14 +163,13 @@ class Criu:
         loader: Loader | None = None,
         *,
         close: bool = False,
-    ) -> float:
-        """Restores what `dump()` has dumped, in a container that is held, and lets go of it; returns how long.
+    ) -> None:
+        """Restores what `dump()` has dumped, in a container that is held, and lets go of it.
 
         `cgroup`: the container's; without it, init's is looked up. The images stay. Raises RestoreError; then what was
         restored half is gone, and another try is possible. With a `loader` (which `loader()` has started) private
         memory isn't restored, but loaded by it. `close` as it was for the dump: the application finds them closed.
         """
-        began = time.monotonic()
         since = aftermath.ticks()
         try:
             with ExitStack() as stack:
@@ -209,7 +205,6 @@ class Criu:
         except (Failed, OSError, LookupError, ValueError) as error:
             _pass_on(error)
             raise RestoreError(_sentence(error), getattr(error, "log", "")) from error
-        return time.monotonic() - began
 
     async def verify(self, init_pid: int, images: Path) -> list[str]:
         """Compares every thread with what was saved before the dump; for right after a restore, off its hot path.

@@ -13,16 +13,15 @@ from criproxy.api import criu_pb2 as criu
 from criproxy.criu import images as image_files
 
 
-def rearm(images: Path) -> int:
-    """Changes a complete dump as described above; returns how many timers. Raises OSError, ValueError."""
+def rearm(images: Path) -> None:
+    """Changes a complete dump as described above. Raises OSError, ValueError."""
     path = images / "files.img"
     files = list(image_files.read(path, criu.File))
-    rearmed = 0
+    rearmed = False
     for file in files:
         timer = file.tfd
         if timer.ticks and (timer.isec or timer.insec) and not (timer.vsec or timer.vnsec):
             timer.vsec, timer.vnsec = timer.isec, timer.insec
-            rearmed += 1
+            rearmed = True
     if rearmed:
         image_files.replace(path, files)
-    return rearmed
