@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -51,7 +51,9 @@ class Network(Protocol):
 
     def send(self, packets: Sequence[Parked]) -> int: ...
 
-    def sockets(self, protos: Sequence[Proto] = PROTOS) -> list[Socket]: ...
+    def sockets(self, protos: Sequence[Proto] = PROTOS, inodes: Set[int] | None = None) -> list[Socket]: ...
+
+    def handshakes(self) -> list[Socket]: ...
 
     def activity(self, slot: int) -> Activity: ...
 
@@ -202,9 +204,9 @@ class Gate:
     def unsettled(self) -> str | None:
         if probe := self._probed():
             return probe
-        for s in self._network.sockets(["tcp"]):
+        for s in self._network.handshakes():
             # A handshake has no inode yet; its port tells whose it is. Looked for first, for it ends in a queue.
-            if s.state == "SYN_RECV" and s.port in self._ports | self._quiet_ports:
+            if s.port in self._ports | self._quiet_ports:
                 return f"a handshake on port {s.port} is under way"
         own = self._own_sockets()
         listening = {s.port for s in own if s.listening}
@@ -343,8 +345,7 @@ class Gate:
         return ports, bound
 
     def _own_sockets(self) -> list[Socket]:
-        inodes = self._socket_inodes()
-        return [s for s in self._network.sockets() if s.inode in inodes]
+        return self._network.sockets(inodes=self._socket_inodes())
 
     def _busy(self, s: Socket, *, incoming: bool) -> str | None:
         """What of a socket without anything in flight shows that the application has something to do, or None."""

@@ -71,10 +71,9 @@ class HostGate(Gate):
 
     def _connections(self) -> list[Socket]:
         """Its open TCP connections, without ours in the place of probes."""
-        inodes = self._socket_inodes()
-        everything = self._network.sockets(["tcp"])
-        probing = self._host.probing({s.flow for s in everything})
-        return [s for s in everything if s.inode in inodes and s.connected and s.flow not in probing]
+        own = [s for s in self._network.sockets(["tcp"], self._socket_inodes()) if s.connected]
+        probing = self._host.probing(self._slot, {s.flow for s in own})
+        return [s for s in own if s.flow not in probing]
 
     def _said(self, s: Socket, now: float) -> float:
         moment = now - min(s.last_received or 0, s.last_sent or 0) / 1000

@@ -31,11 +31,11 @@ from criproxy import LIBEXEC
 from criproxy.hook import keeper, pod_maps, pod_namespace
 from criproxy.hook.pod_maps import U32, Activity, Counters, Park, Parked, Stream, Talk, Visitor, Watched
 from criproxy.hook.slots import NetworkError, Slots, checked, closing
-from criproxy.kernel import netlink, sockets
+from criproxy.kernel import netlink
 from criproxy.kernel.bpf import BpfError, Map, NetnsLink, Object, Pinned, unpin
 from criproxy.kernel.netlink import Netlink
 from criproxy.kernel.processes import Process
-from criproxy.kernel.sockets import Flow, Socket, UnixSocket
+from criproxy.kernel.sockets import Flow
 from criproxy.kubelet import connections as kubelet
 from criproxy.policy import Port
 
@@ -202,14 +202,6 @@ class HostNetwork(Slots):
         commands = commands | 1 << checked(slot) if on else commands & ~(1 << checked(slot))
         self._set(layout, commands, *rest)
 
-    def sockets(self, protos: Sequence[sockets.Proto] = sockets.PROTOS) -> list[Socket]:
-        """All TCP and UDP sockets of the host's network. Raises OSError."""
-        return sockets.sockets(self._diag, protos)
-
-    def unix_sockets(self) -> list[UnixSocket]:
-        """All unix sockets that were made in the host's network. Raises OSError."""
-        return sockets.unix(self._diag)
-
     # --- the listener, and ours in the place of what it gets ---------------------------------------------------
 
     def listen(self) -> list[socket.socket]:
@@ -289,11 +281,13 @@ class HostNetwork(Slots):
         """One of ours is like any other connection of the application."""
         self._probing.pop(flow, None)
 
-    def probing(self, flows: Collection[Flow]) -> set[Flow]:
-        """Which of the connections are ours in a probe's place. `flows`: all that there are on the host, seen from the
-        application."""
-        for flow in [flow for flow, own in self._probing.items() if own.fileno() < 0 and flow not in flows]:
-            del self._probing[flow]
+    def probing(self, slot: int, flows: Collection[Flow]) -> set[Flow]:
+        """Which of the connections are ours in a probe's place. `flows`: all that the slot's application has."""
+        ports, quiet = self.ports(slot)
+        closed = [flow for flow, own in self._probing.items() if own.fileno() < 0 and flow.port in ports | quiet]
+        for flow in closed:
+            if flow not in flows:
+                del self._probing[flow]
         return self._probing.keys() & flows
 
     # --- the hook itself ---------------------------------------------------------------------------------------

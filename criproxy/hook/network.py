@@ -59,11 +59,11 @@ from criproxy.hook.pod_maps import (
     Watched,
 )
 from criproxy.hook.slots import NetworkError, Slots, checked, closing
-from criproxy.kernel import netlink, sockets
+from criproxy.kernel import netlink
 from criproxy.kernel.bpf import BpfError, Object, Pinned, RingBuffer, unpin
 from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.kernel.netlink import DIRECTIONS, Direction, Link, Netlink
-from criproxy.kernel.sockets import Flow, Socket, UnixSocket
+from criproxy.kernel.sockets import Flow
 from criproxy.kubelet import connections as kubelet
 from criproxy.policy import Port
 
@@ -304,14 +304,6 @@ class PodNetwork(Slots):
             except OSError as error:
                 log.warning("%s: cannot send %s again: %s", self.netns, parked, error.strerror)
         return delivered
-
-    def sockets(self, protos: Sequence[sockets.Proto] = sockets.PROTOS) -> list[Socket]:
-        """All TCP and UDP sockets of the pod. Raises OSError."""
-        return sockets.sockets(self._diag, protos)
-
-    def unix_sockets(self) -> list[UnixSocket]:
-        """All unix sockets that were made in the pod. Raises OSError."""
-        return sockets.unix(self._diag)
 
     def sockets_stay(self, slot: int) -> None:
         """The slot is in Park.ALL, and the kernel keeps its sockets: TCP packets without news pass (Park.WAKE)."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from criproxy.hook import pod_maps
 from criproxy.hook.pod_maps import SLOTS, U32, Park, Visitor
+from criproxy.kernel import sockets
 from criproxy.kernel.bpf import Map
+from criproxy.kernel.netlink import Netlink
+from criproxy.kernel.sockets import Socket, UnixSocket
 from criproxy.policy import Port
 
 
@@ -31,6 +34,9 @@ def closing(stack: contextlib.ExitStack, resource: _Resource) -> _Resource:
 
 class Slots:
     """`ports` says which port is which slot's, `modes` what becomes of its packets."""
+
+    _diag: Netlink
+    """A NETLINK_SOCK_DIAG socket in the hook's network namespace; whoever inherits from here opens it."""
 
     def __init__(self, stack: contextlib.ExitStack, pins: Path, maps: Mapping[str, tuple[int, int]]) -> None:
         """Opens the maps, by name with the sizes of keys and values, which `stack` closes. Raises BpfError."""
@@ -76,6 +82,18 @@ class Slots:
     def all_ports(self) -> frozenset[Port]:
         """Every port that is a slot's."""
         return frozenset(map(pod_maps.port_of, self._ports))
+
+    def sockets(self, protos: Sequence[sockets.Proto] = sockets.PROTOS, inodes: Set[int] | None = None) -> list[Socket]:
+        """The TCP and UDP sockets of the network, all or those of the inodes. Raises OSError."""
+        return sockets.sockets(self._diag, protos, inodes=inodes)
+
+    def handshakes(self) -> list[Socket]:
+        """The TCP connections of the network that come in and aren't established yet. Raises OSError."""
+        return sockets.sockets(self._diag, ["tcp"], states=["SYN_RECV"])
+
+    def unix_sockets(self) -> list[UnixSocket]:
+        """All unix sockets that were made in the network. Raises OSError."""
+        return sockets.unix(self._diag)
 
     def mode(self, slot: int) -> Park:
         """The slot's mode, also as an earlier daemon left it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import socket
 import struct
@@ -47,8 +48,13 @@ class FakeNetwork:
     def not_a_probe(self, flow: Flow) -> None:
         self.counted.append(flow)
 
-    def sockets(self, protos: Sequence[Proto] = ("tcp", "udp")) -> list[Socket]:
-        return [s for s in self.all if s.proto in protos]
+    def sockets(
+        self, protos: Sequence[Proto] = ("tcp", "udp"), inodes: collections.abc.Set[int] | None = None
+    ) -> list[Socket]:
+        return [s for s in self.all if s.proto in protos and (inodes is None or s.inode in inodes)]
+
+    def handshakes(self) -> list[Socket]:
+        return [s for s in self.all if s.state == "SYN_RECV"]
 
     def talk(self, flow: Flow) -> Talk | None:
         return self.known.get(flow)

@@ -22,7 +22,7 @@ class Host(FakeNetwork):
         super().__init__()
         self.ours: set[Flow] = set()
 
-    def probing(self, flows: Collection[Flow]) -> set[Flow]:
+    def probing(self, slot: int, flows: Collection[Flow]) -> set[Flow]:
         return self.ours & set(flows)
 
 
