@@ -351,7 +351,7 @@ static void accept_client(int from)
 		dprintf(client, "ready\n");
 }
 
-/* A line is a segment here: those who test send no halves. */
+/* A segment has whole lines here: those who test send no halves. */
 static void serve(struct pollfd *client)
 {
 	char line[LINE];
@@ -363,8 +363,8 @@ static void serve(struct pollfd *client)
 		return;
 	}
 	line[length] = 0;
-	line[strcspn(line, "\r\n")] = 0;
-	obey(client->fd, line);
+	for (char *one = strtok(line, "\r\n"); one; one = strtok(NULL, "\r\n"))
+		obey(client->fd, one);
 }
 
 static void answer_datagram(void)

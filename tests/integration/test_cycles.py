@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import time
 from pathlib import Path
 
 import pg8000.native
-from specimen import AWAKE, PORT, QUICK, Specimen, comm, container_pids, eventually, never, seen, status, wait_for
+from specimen import (
+    AWAKE,
+    PATIENCE,
+    PORT,
+    QUICK,
+    Specimen,
+    comm,
+    eventually,
+    names,
+    never,
+    seen,
+    status,
+    wait_for,
+)
 
 from lab import client, dialogues
 from lab.containerd import Containerd
@@ -18,7 +33,7 @@ def asleep(daemon: Daemon, container: Container | Specimen) -> None:
     """It is scaled down, and really so: nothing of the application is there."""
     assert wait_for(daemon, container.id, "scaled_down").tier == "checkpoint"
     lab_container = container.container if isinstance(container, Specimen) else container
-    assert [comm(pid) for pid in container_pids(lab_container)] == ["init"]
+    assert [*names(lab_container).values()] == ["init"]
 
 
 # --- The three applications of the issue ---------------------------------------------------
@@ -33,7 +48,9 @@ def test_redis_keeps_its_value_over_five_cycles(pod: Pod, daemon: Daemon) -> Non
         client.Service(pod.ip, 6379, client.redis("GET", "word", wanted="x" * cycle)).first_byte()
         client.Service(pod.ip, 6379, client.redis("APPEND", "word", "x", wanted=f"{cycle + 1}")).first_byte()
         known = seen(daemon, container.id)
-        assert (known.checkpoints, known.restores) == (cycle, cycle)
+        assert known.restores >= cycle
+        # It may sleep again, where the machine is busy.
+        assert known.checkpoints - known.restores in (0, 1)
 
 
 def test_nginx_comes_back_with_all_its_workers(pod: Pod, daemon: Daemon) -> None:
@@ -42,20 +59,26 @@ def test_nginx_comes_back_with_all_its_workers(pod: Pod, daemon: Daemon) -> None
     page.wait()
 
     def workers() -> list[tuple[str, list[str], list[str]]]:
-        everybody = [(comm(pid), status(pid)) for pid in container_pids(container)]
-        return sorted(
-            (s["NSpid"].split()[-1], s["Uid"].split(), s["Groups"].split()) for n, s in everybody if n == "nginx"
-        )
+        found = []
+        for pid, name in names(container).items():
+            # It may have ended, before it got as far as to be nginx.
+            with contextlib.suppress(OSError):
+                if name == "nginx":
+                    s = status(pid)
+                    found.append((s["NSpid"].split()[-1], s["Uid"].split(), s["Groups"].split()))
+        return sorted(found)
 
     # The first of them may have answered before the last has changed its user.
-    eventually(lambda: [uid[0] for _, uid, _ in workers()].count("33") == 3, "three of them are www-data's")
-    before = workers()
+    with container.attach():
+        eventually(lambda: [uid[0] for _, uid, _ in workers()].count("33") == 3, "three of them are www-data's")
+        before = workers()
     assert [uid[0] for _, uid, _ in before].count("33") == 3
     assert len(before) == 4
     for _ in range(3):
         asleep(daemon, container)
         page.first_byte()
-        assert workers() == before
+        with container.attach():
+            assert workers() == before
 
 
 def test_a_go_server_goes_on_counting(pod: Pod, daemon: Daemon) -> None:
@@ -71,7 +94,7 @@ def test_postgresql_with_its_shared_memory(pod: Pod, daemon: Daemon, containerd:
     containerd.load("postgresql")
     container = pod.run("postgresql")
     application = dialogues.APPLICATIONS["postgresql"]
-    eventually(lambda: _prepared(application, pod.ip), "it answers", timeout=30)
+    eventually(lambda: _prepared(application, pod.ip), "it answers")
     with application.open(_connected(pod.ip, application.port), "old") as old:
         for cycle in range(1, 4):
             asleep(daemon, container)
@@ -117,7 +140,7 @@ def test_a_client_sees_its_address_and_is_seen_by_it(
     with kubelet.run_pod() as other:
         shell = other.run("busybox", command=["sleep", "600"])
         asleep(daemon, specimen)
-        answer = shell.exec_sync("sh", "-c", f"echo peer | nc -w 10 {specimen.address} {PORT}")
+        answer = shell.exec_sync("sh", "-c", f"echo peer | nc -w 60 {specimen.address} {PORT}")
         assert answer.stdout.splitlines()[0] == "ready"
         assert answer.stdout.splitlines()[1].split()[0] == f"::ffff:{other.ip}"
 
@@ -137,7 +160,7 @@ def test_a_datagram_wakes_where_its_port_is_named(kubelet: Kubelet, program: Pat
     ports = {"criproxy.io/ports-map": f"specimen={PORT},{PORT}/udp"}
     with kubelet.run_pod(annotations={**QUICK, **ports}) as pod, socket.socket(type=socket.SOCK_DGRAM) as udp:
         specimen = Specimen.run(pod, program)
-        udp.settimeout(10)
+        udp.settimeout(PATIENCE)
         for count in range(1, 4):
             asleep(daemon, specimen)
             udp.sendto(b"?", (specimen.address, PORT))
@@ -149,7 +172,7 @@ def test_a_neighbour_in_the_pod_wakes_it(pod: Pod, specimen: Specimen, daemon: D
     for address in ("127.0.0.1", "::1", pod.ip):
         asleep(daemon, specimen)
         # Not by exec, which could wake more than its own container: the shell's process is held up by nothing of ours.
-        answer = shell.exec_sync("sh", "-c", f"echo count | nc -w 10 {address} {PORT}")
+        answer = shell.exec_sync("sh", "-c", f"echo count | nc -w 60 {address} {PORT}")
         assert answer.stdout.splitlines()[0] == "ready"
     assert specimen.ask("count") == "4"
     assert seen(daemon, shell.id).checkpoints == 0
@@ -161,9 +184,10 @@ def test_a_neighbour_in_the_pod_wakes_it(pod: Pod, specimen: Specimen, daemon: D
 def test_a_connection_lives_on_across_cycles(specimen: Specimen, daemon: Daemon) -> None:
     with specimen.connect() as connection:
         for count in range(1, 7):
-            assert connection.ask("count") == str(count)
-            peer = connection.ask("peer")
-            assert peer == f"::ffff:{connection.local[0]} {connection.local[1]}"
+            # In one, for it might sleep again between the two.
+            connection.send("count\npeer")
+            assert connection.answer() == str(count)
+            assert connection.answer() == f"::ffff:{connection.local[0]} {connection.local[1]}"
             asleep(daemon, specimen)
     known = seen(daemon, specimen.id)
     assert (known.checkpoints, known.restores) == (6, 5)
@@ -188,11 +212,11 @@ def test_a_connection_is_the_same_after_a_hundred_checkpoints(kubelet: Kubelet, 
 def test_an_outgoing_connection_lives_on(specimen: Specimen, daemon: Daemon, containerd: object) -> None:
     gateway = specimen.address.rpartition(".")[0] + ".1"
     with socket.create_server((gateway, 0)) as server:
-        server.settimeout(10)
+        server.settimeout(PATIENCE)
         specimen.tell(f"dial {gateway} {server.getsockname()[1]}")
         peer, _ = server.accept()
         with peer:
-            peer.settimeout(10)
+            peer.settimeout(PATIENCE)
             for word in ("one", "two", "three"):
                 asleep(daemon, specimen)
                 # What it dialled speaks, and wakes it.
@@ -237,17 +261,18 @@ def test_what_waits_to_be_accepted_keeps_it_awake_and_does_not_shut_others_out(
 ) -> None:
     with specimen.connect() as control:
         assert control.ask("deaf") == "ok"
-        with socket.create_connection((specimen.address, PORT), timeout=10) as waiting:
+        with socket.create_connection((specimen.address, PORT), timeout=PATIENCE) as waiting:
             reason = "waits to be accepted"
             eventually(lambda: reason in seen(daemon, specimen.id).reason, "it is awake because a client waits")
-            before = daemon.service.output().count("-> parking")
+            before, began = daemon.service.output().count("-> parking"), time.monotonic()
             never(
                 lambda: seen(daemon, specimen.id).state == "scaled_down", "a client in the queue was frozen", seconds=2
             )
             # Each try holds new connections up for a quarter of a second: it must not be the usual state.
-            assert daemon.service.output().count("-> parking") - before <= 3
+            tries = daemon.service.output().count("-> parking") - before
+            assert tries <= 1 + time.monotonic() - began
             assert control.ask("hear") == "ok"
-            waiting.settimeout(10)
+            waiting.settimeout(PATIENCE)
             assert waiting.recv(100) == b"ready\n"
     asleep(daemon, specimen)
 
@@ -283,10 +308,16 @@ def test_two_containers_of_a_pod_sleep_and_wake_each_for_itself(
         two.tell("set second")
         asleep(daemon, one)
         asleep(daemon, two)
+        before, pauses = seen(daemon, one.id).restores, 0
         with one.connect() as connection:
+            last = time.monotonic()
             for _ in range(20):
                 assert connection.ask("get") == "first"
-                assert seen(daemon, one.id).state in ("running", "parking")
+                # As long as it is asked it stays awake, unless this machine lets the next question wait.
+                now = time.monotonic()
+                pauses += now - last > 0.2
+                last = now
+            assert 1 <= seen(daemon, one.id).restores - before <= 1 + pauses
             assert seen(daemon, two.id).state == "scaled_down"
         asleep(daemon, one)
         assert two.ask("get") == "second"
@@ -323,16 +354,16 @@ def test_a_dump_that_fails_leaves_it_running_and_is_tried_less_and_less_often(
             eventually(lambda s=specimen: "checkpoint failed, next try in 5 s" in reason(s), "a first dump fails")
             assert "unix socket" in reason(specimen)
             assert seen(daemon, specimen.id).checkpoint_bytes == 0
-        other.tell("disconnect")
         # The state is there, in the same process.
         assert (patient.ask("get"), patient.pid(), other.pid()) == ("precious", *pids)
+        other.tell("disconnect")
         eventually(lambda: "next try in 10 s" in reason(patient), "the second pause is longer")
-        assert seen(daemon, patient.id).state == "running"
+        wait_for(daemon, patient.id, "running")
         assert (patient.ask("get"), patient.pid()) == ("precious", pids[0])
         # Nothing is in the way of the other one any more.
         asleep(daemon, other)
         assert other.ask("get") == "precious"
-        assert reason(patient).startswith("checkpoint failed")
+        eventually(lambda: reason(patient).startswith("checkpoint failed"), "the patient is as before")
     outside.unlink()
 
 
@@ -345,11 +376,14 @@ def test_what_hangs_on_somebody_outside_is_not_frozen_either(
         listener.listen()
         specimen.tell("connect /specimen/other.sock")
         peer, _ = listener.accept()
-        reason = eventually(
-            lambda: "failed" in seen(daemon, specimen.id).reason and seen(daemon, specimen.id).reason, "a failure"
-        )
-        assert "checkpoint failed" in reason
-        assert "freeze failed" in reason
-        assert seen(daemon, specimen.id).state == "running"
-        peer.close()
+        with peer:
+
+            def failed() -> str:
+                reason = seen(daemon, specimen.id).reason
+                return reason if "failed" in reason else ""
+
+            reason = eventually(failed, "a failure")
+            assert "checkpoint failed" in reason
+            assert "freeze failed" in reason
+            wait_for(daemon, specimen.id, "running")
     outside.unlink()
