@@ -333,9 +333,7 @@ class Container:
             due = max(idle_since + self._duration, min(a.retry_at for a in self._attempts))
             if due > now:
                 self._idleness.measure()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(due - now):
-                        await self._errands.asked.wait()
+                await _first(self._errands.asked, timeout=due - now)
                 continue
             obstacle = self._idleness.obstacle()
             if obstacle is None:
@@ -350,9 +348,8 @@ class Container:
             self.record.reason = obstacle
             # Between two probes there may be little time, which must not be missed each time.
             self._idleness.probe_ended.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1])):
-                    await self._idleness.probe_ended.wait()
+            pause = min(max(self._duration, BUSY_POLL_SECONDS[0]), BUSY_POLL_SECONDS[1])
+            await _first(self._idleness.probe_ended, timeout=pause)
         return None
 
     async def _snapshot(self, errand: Errand) -> None:
@@ -507,11 +504,11 @@ class Container:
         return f"{self.record.namespace}/{self.record.pod}/{self.record.name} ({self.record.id[:13]})"
 
 
-async def _first(*events: asyncio.Event) -> None:
-    """Waits until one of them is set."""
+async def _first(*events: asyncio.Event, timeout: float | None = None) -> None:
+    """Waits until one of them is set, or the seconds are over."""
     waiting = [asyncio.ensure_future(event.wait()) for event in events]
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in waiting:
             task.cancel()
