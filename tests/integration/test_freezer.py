@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from specimen import PATIENCE, eventually, never
 
 from criproxy.api import cri_pb2 as cri
 from criproxy.entanglement import entanglement
@@ -80,13 +81,26 @@ def counting(version: str) -> Iterator[tuple[subprocess.Popen[bytes], Freezer, C
                 whole = Cgroup.of(process.pid)
                 yield process, Freezer(only(whole, version)), whole.cpu_usage
             finally:
-                for file in ("cgroup.freeze", "freezer.state"):
-                    for folder in whole.folders.values():
-                        with contextlib.suppress(OSError):
-                            (folder / file).write_text("0" if file == "cgroup.freeze" else "THAWED")
                 process.kill()
+                # It thaws what is frozen, which can't end before.
+                cgroups.remove(NAME)
     finally:
         cgroups.remove(NAME)
+
+
+async def standing_still(used: Callable[[], float]) -> float:
+    """Waits until no processor time is used any more (what was used last is accounted for later), and returns it."""
+    while True:
+        before = used()
+        await asyncio.sleep(0.1)
+        if used() == before:
+            return before
+
+
+async def going_on(used: Callable[[], float], before: float) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while used() <= before:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -96,13 +110,11 @@ async def test_it_stops_and_goes_on(version: str) -> None:
         for _ in range(3):
             await freezer.freeze()
             assert freezer.frozen()
-            before = used()
-            await asyncio.sleep(0.1)
-            assert used() == before
+            async with asyncio.timeout(PATIENCE):
+                before = await standing_still(used)
             freezer.thaw()
             assert not freezer.asked()
-            await asyncio.sleep(0.1)
-            assert used() > before
+            await going_on(used, before)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -119,7 +131,7 @@ async def test_v2_lets_a_frozen_process_be_killed() -> None:
     with counting("v2") as (process, freezer, _):
         await freezer.freeze()
         process.kill()
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
 
 
 async def test_v1_kills_a_frozen_process_at_the_thaw() -> None:
@@ -129,7 +141,7 @@ async def test_v1_kills_a_frozen_process_at_the_thaw() -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
         freezer.thaw()
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -188,11 +200,12 @@ def test_a_unix_socket_whose_other_end_is_gone() -> None:
 
 
 def test_a_unix_socket_in_a_volume() -> None:
-    for path, reason in ((f"/dev/shm/criproxy-test-{os.getpid()}", "in a volume (/dev/shm/"), ("\0criproxy-test", "")):
+    name = f"criproxy-test-{os.getpid()}-volume"
+    for path, reason in ((f"/dev/shm/{name}", "in a volume (/dev/shm/"), (f"\0{name}", "")):
         one = socket.socket(socket.AF_UNIX)
-        one.bind(path)
-        one.listen()
         try:
+            one.bind(path)
+            one.listen()
             with holding(one) as pid:
                 assert reason in (entangled(pid) or "")
                 assert bool(reason) == bool(entangled(pid))
@@ -220,6 +233,18 @@ class OldDaemon(Daemon):
         return [sys.executable, "-c", ONLY_V1, *super().argv()[1:]]
 
 
+def listens(address: str) -> bool:
+    try:
+        connected(address).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def connected(address: str) -> socket.socket:
+    return socket.create_connection((address, 6379), timeout=PATIENCE)
+
+
 @dataclass
 class World:
     version: str
@@ -230,14 +255,9 @@ class World:
     def run(self, annotations: Mapping[str, str], image: str = "redis", **options: object) -> tuple[Pod, Container]:
         pod = self.kubelet.run_pod(annotations=annotations)
         container = pod.run(image, **options)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection((pod.ip, 6379), timeout=10).close()
-                return pod, container
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+        address = pod.ip
+        eventually(lambda: listens(address), "it listens")
+        return pod, container
 
     def asleep(self, container: Container, tier: str = "freeze") -> dict[str, object]:
         status = self.daemon.wait_for(container.id, "scaled_down")
@@ -267,7 +287,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 
 def ask(address: str, command: bytes) -> bytes:
-    with socket.create_connection((address, 6379), timeout=10) as client:
+    with connected(address) as client:
         client.sendall(command)
         return client.recv(1000)
 
@@ -287,7 +307,7 @@ def frozen(container: Container) -> set[str]:
 def test_cycles_with_the_state_kept(world: World) -> None:
     pod, redis = world.run(FREEZE)
     started = redis.status()
-    idle = socket.create_connection((pod.ip, 6379), timeout=10)
+    idle = connected(pod.ip)
     assert ask(pod.ip, b"SET k kept\r\n") == b"+OK\r\n"
     for _ in range(3):
         status = world.asleep(redis)
@@ -313,7 +333,7 @@ def test_keep_alives_of_both_sides_are_answered_while_it_is_frozen(kubelet: Kube
         client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT):
             client.setsockopt(socket.IPPROTO_TCP, option, 1)
-        client.settimeout(10)
+        client.settimeout(PATIENCE)
         client.connect((pod.ip, 6379))
         client.sendall(b"PING\r\n")
         assert client.recv(100) == b"+PONG\r\n"
@@ -366,15 +386,15 @@ def test_it_can_be_ended(world: World, end: Callable[[Pod, Container], None], co
     before = inventory.take(world.lab)
     pod, redis = world.run(FREEZE)
     world.asleep(redis)
-    began = time.monotonic()
+    # Whoever waits for what is frozen does so for ever: the call fails.
     end(pod, redis)
-    assert time.monotonic() - began < 5
     if code is not None:
         assert redis.wait().exit_code == code
     if pod.id:
         pod.remove()
     cgroups.remove(pod.cgroup)
-    assert inventory.difference(before, inventory.take(world.lab)) == []
+    # A shim needs a moment to end after its last container.
+    eventually(lambda: not inventory.difference(before, inventory.take(world.lab)), "nothing is left")
 
 
 def remove_sandbox(pod: Pod) -> None:
@@ -391,7 +411,7 @@ def test_it_can_be_killed_while_no_criproxy_runs(world: World) -> None:
     try:
         with Kubelet(world.lab.endpoint, world.lab) as direct:
             request = cri.StopContainerRequest(container_id=redis.id, timeout=0)
-            direct.call("StopContainer", request, cri.StopContainerResponse, timeout=15)
+            direct.call("StopContainer", request, cri.StopContainerResponse)
     finally:
         world.daemon.start()
     assert redis.wait().exit_code == 137
@@ -418,14 +438,14 @@ def test_the_next_daemon_takes_it_over(world: World, how: str) -> None:
         client.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             client.connect((address, 6379))
-        time.sleep(0.2)
         world.daemon.start()
         # The SYN was parked while nobody was there.
-        client.settimeout(10)
-        select.select([], [client], [], 10)
+        client.settimeout(PATIENCE)
+        assert select.select([], [client], [], PATIENCE)[1]
         client.sendall(b"GET k\r\n")
         assert client.recv(100) == b"$4\r\nkept\r\n"
-    assert world.asleep(redis)["restores"] == 1
+    # On a busy machine it may sleep once more before it is asked.
+    assert world.asleep(redis)["restores"] >= 1
     world.daemon.restart()
     assert world.daemon.container(redis.id)["state"] == "scaled_down"
     assert ask(address, b"GET k\r\n") == b"$4\r\nkept\r\n"
@@ -480,9 +500,9 @@ def test_a_terminal_and_a_shared_pid_namespace(kubelet: Kubelet, daemon: Daemon)
     assert status["tier"] == "freeze"
     assert ask(pod.ip, b"PING\r\n") == b"+PONG\r\n"
     daemon.wait_for(redis.id, "scaled_down")
-    with redis.exec("sleep", "2"):
-        time.sleep(0.2)
-        assert daemon.container(redis.id)["state"] == "running"
+    with redis.exec("sleep", "600"):
+        daemon.wait_for(redis.id, "running")
+        never(lambda: daemon.container(redis.id)["state"] != "running", "it sleeps while its command runs", seconds=1)
 
 
 @pytest.fixture(scope="module")
@@ -503,17 +523,20 @@ def test_where_criu_refuses(kubelet: Kubelet, daemon: Daemon, server: Path, tier
     container = pod.run(
         "busybox", command=["/server/server"], mounts={server: "/server"}, change=default_seccomp, privileged=False
     )
-    time.sleep(0.2)
+    address = pod.ip
+    ended = cri.ContainerState.CONTAINER_EXITED
+    eventually(lambda: listens(address) or container.status().state == ended, "it listens, or has ended")
     if container.status().exit_code == 3:
         pytest.skip("this containerd's default profile refuses io_uring")
     if tier == "checkpoint":
-        deadline = time.monotonic() + 10
-        while "io_uring" not in (status := daemon.container(container.id))["reason"]:
-            assert time.monotonic() < deadline, status
-            time.sleep(0.05)
-        assert status["state"] == "running"
+
+        def refused() -> bool:
+            status = daemon.container(container.id)
+            return status["state"] == "running" and "io_uring" in status["reason"]
+
+        eventually(refused, "it runs, and says why")
     else:
         status = daemon.wait_for(container.id, "scaled_down")
         assert status["tier"] == "freeze"
         assert "io_uring" in status["reason"]
-    assert ask(pod.ip, b"") == b"ok\n"
+    assert ask(address, b"") == b"ok\n"
