@@ -90,8 +90,8 @@ class Box:
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            # Otherwise Go sends itself SIGURG, and runc passes on what it gets. A wait which that has interrupted can't be
-            # begun again after a dump (see native/preload.c).
+            # Otherwise Go sends itself SIGURG, and runc passes on what it gets. What that has interrupted can't begin
+            # again after a dump (see native/preload.c).
             env={**os.environ, "GODEBUG": "asyncpreemptoff=1"},
         )
         for end in (stdin, stdout, stderr):
