@@ -5,8 +5,8 @@
  * socket of a new TCP connection to the host (sk_lookup). One program per pod, with maps of its own, as in pod.c.
  *
  * What it guarantees:
- *  - Established connections, forwarded packets and other ports than the pod's are none of its business. It is asked
- *    after all NAT, so a port is the one that the application listens on.
+ *  - Established connections, forwarded packets, and other ports and addresses than those that the pod's applications
+ *    listen on are none of its business. It is asked after all NAT, so they are what the application knows.
  *  - While a slot is parked no connection to its ports is refused: a listener gets it that outlives the daemon, so that
  *    it waits for the next one, if need be. (All that this kind of program can do else is to refuse it.)
  *  - Connections that criproxy itself makes (`relays`) reach the application, whatever the mode is, and count as nothing.
@@ -23,10 +23,14 @@ enum mode { PASS = 0 }; /* criproxy/hook/pod_maps.py has the others, which are a
 struct host {
 	__u32 layout;   /* of the maps; host_network.py refuses pins of another one */
 	__u32 commands; /* the slots (bits) in whose container an exec probe is under way */
-	__u32 keeper;   /* the process that keeps the listeners open, */
-	__u32 sockets[2]; /* its descriptors of them */
+};
+
+/* The process that keeps listeners open; the next daemon looks for it here. */
+struct keeper {
+	__u32 pid;
+	__u32 sockets[2]; /* its descriptors; 0: there is none */
 	__u32 zero;
-	__u64 since;    /* and when it was started, in ticks since the machine's boot */
+	__u64 since;      /* when it was started, in ticks since the machine's boot */
 };
 
 struct {
@@ -43,6 +47,13 @@ struct {
 	__type(value, __u32);
 } modes SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct keeper);
+} keeper SEC(".maps");
+
 /* When a connection to a slot's ports came last (CLOCK_MONOTONIC, ns); 0: none did. Written by the program alone. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -50,6 +61,21 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } slots SEC(".maps");
+
+/* Where a slot's application listens: at an address (IPv6 or IPv4-mapped), at any IPv4 address, or at any (zeros). */
+struct place {
+	__u32 address[4];
+	__be16 port;
+	__be16 zero;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct place);
+	__type(value, __u32);
+} places SEC(".maps");
 
 /* Connections that criproxy is making to an application. */
 struct {
@@ -81,6 +107,21 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+static __always_inline int listens(const struct four *four)
+{
+	struct place place = {.port = four->local_port};
+
+	if (bpf_map_lookup_elem(&places, &place))
+		return 1;
+	for (int i = 0; i < 4; i++)
+		place.address[i] = four->local[i];
+	if (bpf_map_lookup_elem(&places, &place))
+		return 1;
+	place.address[3] = 0;
+	return place.address[0] == 0 && place.address[1] == 0 && place.address[2] == bpf_htonl(0xffff) &&
+	       bpf_map_lookup_elem(&places, &place);
+}
 
 static __always_inline int over_lo(const struct four *four)
 {
@@ -125,7 +166,7 @@ int incoming(struct bpf_sk_lookup *sought)
 			four.remote[i] = sought->remote_ip6[i];
 		}
 	}
-	if (bpf_map_lookup_elem(&relays, &four))
+	if (!listens(&four) || bpf_map_lookup_elem(&relays, &four))
 		return SK_PASS;
 
 	kubelet = from_kubelet(&four, bpf_ktime_get_ns());

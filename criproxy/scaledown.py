@@ -350,6 +350,10 @@ class Freeze:
             await self._workload.freeze()
         except FreezeError as error:
             raise Refused(str(error)) from error
+        # Since then it may have made one.
+        if (why := self._gate.hanging()) is not None:
+            self._workload.thaw()
+            raise Refused(why)
         # The application's own keep-alives would end a connection whose peer's answers they don't see.
         self._gate.sockets_stay()
         return 0

@@ -335,6 +335,7 @@ class Gate:
     def _learn_ports(self) -> tuple[frozenset[Port], set[Port]]:
         """Those at which the container is woken, declared or found, and all that it has bound."""
         own = self._own_sockets()
+        self._look(own)
         listening = {s.port for s in own if s.listening}
         bound = listening | {s.port for s in own if s.proto == "udp"}
         ports = (self._declared | listening) - self._quiet
@@ -343,6 +344,9 @@ class Gate:
         if ports:
             self._assign(ports, bound & self._quiet)
         return ports, bound
+
+    def _look(self, own: list[Socket]) -> None:
+        """The container's sockets, each time that its ports are looked for."""
 
     def _own_sockets(self) -> list[Socket]:
         return self._network.sockets(inodes=self._socket_inodes())

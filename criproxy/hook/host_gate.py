@@ -15,7 +15,6 @@ from criproxy.hook.host_network import HostNetwork
 from criproxy.hook.pod_maps import Park, Visitor
 from criproxy.kernel.sockets import Flow, Socket
 from criproxy.kubelet.probes import Probes
-from criproxy.policy import Port
 
 _CLOCK_SECONDS: Final = 0.05
 """Two looks at a clock of the kernel's differ by a tick or two, though nothing has happened in between."""
@@ -62,12 +61,12 @@ class HostGate(Gate):
         # Those that are ended with its processes aren't used by anybody then.
         self._used = {}
 
-    def _learn_ports(self) -> tuple[frozenset[Port], set[Port]]:
-        ports, bound = super()._learn_ports()
-        if listening := [port for port in bound if port.proto == "tcp"]:
+    def _look(self, own: list[Socket]) -> None:
+        listening = [s for s in own if s.listening]
+        if listening:
+            self._host.listens(self._slot, {(s.local[0], s.port) for s in listening})
             # Whoever is accepted there in its place is sure to find it.
-            self._network.answer(self._slot, dict.fromkeys(listening, (Visitor.KUBELET,)))
-        return ports, bound
+            self._network.answer(self._slot, {s.port: (Visitor.KUBELET,) for s in listening})
 
     def _connections(self) -> list[Socket]:
         """Its open TCP connections, without ours in the place of probes."""

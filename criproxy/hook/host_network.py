@@ -38,6 +38,7 @@ from criproxy.kernel.processes import Process
 from criproxy.kernel.sockets import Flow
 from criproxy.kubelet import connections as kubelet
 from criproxy.policy import Port
+from criproxy.run import CommandError
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +46,19 @@ OBJECT: Final = LIBEXEC / "host.bpf.o"
 LAYOUT: Final = 1
 
 _OURS: Final = Path("/proc/self/ns/net")
-_HOST: Final = struct.Struct("=5I4xQ")
-"""Layout, bits of the slots with an exec probe, the keeper's pid, its descriptors for IPv4 and IPv6 (0: none), and when
-it was started."""
+_HOST: Final = struct.Struct("=2I")
+"""Layout, bits of the slots with an exec probe."""
+_KEEPER: Final = struct.Struct("=3I4xQ")
+"""Its pid, its descriptors for IPv4 and IPv6 (0: none), and when it was started."""
 _LAST: Final = struct.Struct("=Q")
 _PORT_BYTES, _OWNER_BYTES = 4, 8
 MAPS: Final[dict[str, tuple[int, int]]] = {
     "host": (4, _HOST.size),
+    "keeper": (4, _KEEPER.size),
     "modes": (4, 4),
     "slots": (4, _LAST.size),
     "ports": (_PORT_BYTES, _OWNER_BYTES),
+    "places": (pod_maps.ADDRESS_BYTES + _PORT_BYTES, 4),
     "relays": (pod_maps.FOUR_BYTES, 4),
     "visits": (pod_maps.FOUR_BYTES, 4),
     "listeners": (4, 8),
@@ -62,6 +66,7 @@ MAPS: Final[dict[str, tuple[int, int]]] = {
 _PROGRAM, _LINK = "incoming", "link"
 _FAMILIES: Final = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 """In the order of the listeners' map."""
+_ANYWHERE: Final = bytes(pod_maps.ADDRESS_BYTES)
 _PARKED, _PROBED = 0, 2
 """Where it has those that get what is parked, and those that get kubelet's while the container runs."""
 
@@ -89,12 +94,18 @@ class HostNetwork(Slots):
         self.corrupt = 0
         self.repairs = 0
         """How often `problem` has attached the program again: what came meanwhile was not seen."""
-        self._listening = False
+        self._parked: list[socket.socket | None] = []
+        """The listeners for what is held back, in the order of _FAMILIES; none as long as nobody listens."""
+        self._addresses: dict[int, dict[Port, set[bytes]]] = {}
+        """At which addresses each slot's application listens, by port."""
         self._probing: dict[Flow, socket.socket] = {}
         """Ours to an application, in a probe's place."""
         with contextlib.ExitStack() as stack:
             super().__init__(stack, pins, MAPS)
-            layout = self._settings()[0]
+            self._places = dict(self._maps["places"].items())
+            for key, value in self._places.items():
+                self._found(U32.unpack(value)[0], *_place_of(key))
+            layout, _ = self._settings()
             if layout not in (0, LAYOUT):
                 raise NetworkError(
                     f"The hook pinned in {pins} belongs to another version of criproxy (layout {layout})"
@@ -120,7 +131,7 @@ class HostNetwork(Slots):
         try:
             self._hook()
             # Last: without it nobody takes the rest for finished.
-            self._set(LAYOUT, *self._settings()[1:])
+            self._set(LAYOUT, 0)
         except BaseException:
             self.detach()
             raise
@@ -149,8 +160,9 @@ class HostNetwork(Slots):
     @staticmethod
     def discard(pins: Path) -> None:
         """Removes the hook, and ends its keeper."""
-        with contextlib.suppress(BpfError), contextlib.closing(Map(pins / "host", *MAPS["host"])) as settings:
-            keeper.end(_keeper(_HOST.unpack(settings.get(U32.pack(0)) or bytes(_HOST.size))))
+        with contextlib.suppress(BpfError), contextlib.closing(Map(pins / "keeper", *MAPS["keeper"])) as kept:
+            process, _ = _kept(kept.get(U32.pack(0)) or bytes(_KEEPER.size))
+            keeper.end(process)
         unpin(pins)
 
     @staticmethod
@@ -163,6 +175,29 @@ class HostNetwork(Slots):
         """As in a pod, but for what another pod has already."""
         others = self._others()
         super().assign(slot, [p for p in ports if p not in others], [p for p in quiet if p not in others])
+        self._place(slot)
+
+    def listens(self, slot: int, places: Collection[tuple[str, Port]]) -> None:
+        """At which addresses the slot's application listens, for its ports: connections to others aren't its. A port of
+        which nothing was said has all. Raises BpfError.
+        """
+        self._addresses.pop(slot, None)
+        for address, port in places:
+            self._found(slot, pod_maps.address(address), port)
+        self._place(slot)
+
+    def _found(self, slot: int, address: bytes, port: Port) -> None:
+        self._addresses.setdefault(slot, {}).setdefault(port, set()).add(address)
+
+    def _place(self, slot: int) -> None:
+        known = self._addresses.get(slot, {})
+        ports, quiet = self.ports(slot)
+        wanted = {
+            address + port.number.to_bytes(2, "big") + bytes(2): U32.pack(slot)
+            for port in ports | quiet
+            for address in known.get(port, {_ANYWHERE})
+        }
+        self._reconcile("places", self._places, wanted, slot)
 
     def refusal(self, ports: Collection[Port]) -> str | None:
         """Why these ports can't be a slot's, in words, or None. Raises OSError."""
@@ -198,9 +233,9 @@ class HostNetwork(Slots):
         """Whether an exec probe is under way in the slot's container: connections from the host itself that come
         meanwhile may be its command's, and don't count. Raises BpfError.
         """
-        layout, commands, *rest = self._settings()
+        layout, commands = self._settings()
         commands = commands | 1 << checked(slot) if on else commands & ~(1 << checked(slot))
-        self._set(layout, commands, *rest)
+        self._set(layout, commands)
 
     # --- the listener, and ours in the place of what it gets ---------------------------------------------------
 
@@ -209,26 +244,23 @@ class HostNetwork(Slots):
         once they are closed, for who calls this next; kubelet's reaches the application. Raises OSError, BpfError or
         CommandError.
         """
-        parked = self._parked()
+        process, numbers = _kept(self._get("keeper", 0))
+        try:
+            back = iter(keeper.take_back(process, [number for number in numbers if number]))
+            self._parked = [next(back) if number else None for number in numbers]
+        except ProcessLookupError:
+            self._parked = [_listening(family, address) for family, address in _FAMILIES]
+            self._keep()
         probed = [_listening(family, address) for family, address in _FAMILIES]
-        for place, one in [*enumerate(parked, _PARKED), *enumerate(probed, _PROBED)]:
+        for place, one in [*enumerate(self._parked, _PARKED), *enumerate(probed, _PROBED)]:
             if one is not None:
                 self._maps["listeners"].set(U32.pack(place), one.fileno().to_bytes(8, sys.byteorder))
-        self._listening = True
-        return [one for one in (*parked, *probed) if one is not None]
+        return [one for one in (*self._parked, *probed) if one is not None]
 
-    def _parked(self) -> list[socket.socket | None]:
-        """Taken back from the keeper of an earlier daemon, or made and given to one."""
-        settings = self._settings()
-        numbers = list(settings[3:5])
-        with contextlib.suppress(ProcessLookupError):
-            kept = iter(keeper.take_back(_keeper(settings), [number for number in numbers if number]))
-            return [next(kept) if number else None for number in numbers]
-        made = [_listening(family, address) for family, address in _FAMILIES]
-        process = keeper.keep([one for one in made if one is not None], int(self.netns.parts[2]))
-        numbers = [0 if one is None else one.fileno() for one in made]
-        self._set(*settings[:2], process.pid, *numbers, process.start_time)
-        return made
+    def _keep(self) -> None:
+        process = keeper.keep([one for one in self._parked if one is not None], int(self.netns.parts[2]))
+        numbers = [0 if one is None else one.fileno() for one in self._parked]
+        self._maps["keeper"].set(U32.pack(0), _KEEPER.pack(process.pid, *numbers, process.start_time))
 
     def accepted(self, connection: socket.socket) -> tuple[Flow, Visitor]:
         """What a connection that the listener accepted is, and whose. Raises OSError or BpfError."""
@@ -297,10 +329,13 @@ class HostNetwork(Slots):
         what it holds back; None if all is well."""
         try:
             self.repairs += self._hook()
-        except (OSError, BpfError) as error:
-            return f"The hook in the host's network can't be attached: {error}"
-        if not self._listening:
-            return "Nobody listens in place of the pod's containers, so no connection could wake them"
+            if not self._parked:
+                return "Nobody listens in place of the pod's containers, so no connection could wake them"
+            if not _kept(self._get("keeper", 0))[0].alive():
+                log.warning("%s: somebody has ended what keeps its listeners open; it is started again", self.pins.name)
+                self._keep()
+        except (OSError, BpfError, CommandError) as error:
+            return f"The hook in the host's network can't be put back: {error}"
         return None
 
     def _hook(self) -> bool:
@@ -321,11 +356,13 @@ class HostNetwork(Slots):
         self.close()
         self.discard(self.pins)
 
-    def _settings(self) -> tuple[int, ...]:
-        return _HOST.unpack(self._get("host", 0))
+    def _settings(self) -> tuple[int, int]:
+        """Layout and commands."""
+        layout, commands = _HOST.unpack(self._get("host", 0))
+        return layout, commands
 
-    def _set(self, *settings: int) -> None:
-        self._maps["host"].set(U32.pack(0), _HOST.pack(*settings))
+    def _set(self, layout: int, commands: int) -> None:
+        self._maps["host"].set(U32.pack(0), _HOST.pack(layout, commands))
 
     def close(self) -> None:
         """Lets go of the hook, which goes on as it is. Can be called twice."""
@@ -361,8 +398,15 @@ class HostNetwork(Slots):
         return Counters(parked=0, parked_bytes=0, overflowed=0, dropped=0, quiet=0, answered=0)
 
 
-def _keeper(settings: Sequence[int]) -> Process:
-    return Process(settings[2], settings[5])
+def _place_of(key: bytes) -> tuple[bytes, Port]:
+    number = key[pod_maps.ADDRESS_BYTES : pod_maps.ADDRESS_BYTES + 2]
+    return key[: pod_maps.ADDRESS_BYTES], Port("tcp", int.from_bytes(number, "big"))
+
+
+def _kept(value: bytes) -> tuple[Process, tuple[int, int]]:
+    """The keeper, and its descriptors."""
+    pid, four, six, since = _KEEPER.unpack(value)
+    return Process(pid, since), (four, six)
 
 
 def _listening(family: socket.AddressFamily, address: str) -> socket.socket | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from specimen import PATIENCE, QUICK, Connection, Specimen, eventually, never, s
 from criproxy.api import cri_pb2 as cri
 from criproxy.config import Config
 from criproxy.hook.host_network import HostNetwork, of_pod
-from criproxy.hook.pod_maps import Visitor
+from criproxy.hook.pod_maps import Park, Visitor
+from criproxy.kernel import processes
 from criproxy.kernel.bpf import mount_bpffs
 from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.kernel.sockets import Flow
@@ -80,10 +82,10 @@ def redis(kubelet: Kubelet, port: int) -> Iterator[Callable[..., Container]]:
     """Runs redis in the host's network."""
     with contextlib.ExitStack() as stack:
 
-        def start(given: Mapping[str, str] | None = None) -> Container:
+        def start(given: Mapping[str, str] | None = None, *, bind: Sequence[str] = ("*", "-::*")) -> Container:
             annotations = {**QUICK, "criproxy.io/ports-map": f"redis={port}", **(given or {})}
             pod = stack.enter_context(kubelet.run_pod(annotations=annotations, change=in_the_hosts))
-            container = pod.run("redis", args=["--port", str(port), "--bind", "*", "-::*", "--protected-mode", "no"])
+            container = pod.run("redis", args=["--port", str(port), "--bind", *bind, "--protected-mode", "no"])
             client.Service("127.0.0.1", port, client.redis("set", "key", "value")).wait()
             return container
 
@@ -192,6 +194,24 @@ def test_other_ports_are_nobodys_business(
     assert seen(daemon, specimen.id).state == "scaled_down"
 
 
+def test_other_addresses_are_nobodys_business(
+    daemon: Daemon, containerd: Containerd, redis: Callable[..., Container], port: int
+) -> None:
+    """As with a proxy for authentication, which has the application's port at the node's address."""
+    container = redis(bind=["127.0.0.1"])
+    wait_for(daemon, container.id, "scaled_down")
+    with socket.create_server((containerd.gateway, port)) as server:
+        for _ in range(3):
+            with socket.create_connection(server.getsockname()) as mine:
+                other, peer = server.accept()
+                with other:
+                    assert peer == mine.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("::1", port))
+        assert seen(daemon, container.id).state == "scaled_down"
+        client.Service("127.0.0.1", port, client.redis("get", "key", wanted="value")).first_byte()
+
+
 # --- open connections -------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +251,13 @@ def test_it_may_end_them_when_they_are_idle(daemon: Daemon, run: Callable[..., S
         assert connection.ended()
     wait_for(daemon, specimen.id, "scaled_down")
     assert specimen.ask("count") == "8"
+
+
+def test_it_may_be_ended_and_started_afresh(daemon: Daemon, run: Callable[..., Specimen]) -> None:
+    specimen = run({"zeropod.ctrox.dev/disable-checkpointing": "true"})
+    for _ in range(2):
+        assert wait_for(daemon, specimen.id, "scaled_down").tier == "restart"
+        assert specimen.ask("count") == "1"
 
 
 def test_what_is_frozen_has_no_open_connection_either(daemon: Daemon, run: Callable[..., Specimen]) -> None:
@@ -285,8 +312,15 @@ def test_probes_find_it_healthy_and_let_it_sleep(
             assert prober.failures(since=began) == []
 
 
-async def test_kubelet_is_refused_where_the_application_is_not_there(port: int, tmp_path: Path) -> None:
-    """It isn't accepted in the place of an application that doesn't listen any more, but until that is seen."""
+def keepers(inodes: set[int]) -> list[int]:
+    """The processes that keep these sockets open."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if processes.name(pid) == "keep" and processes.socket_inodes([pid]) & inodes]
+
+
+async def test_the_hook_itself(port: int, tmp_path: Path) -> None:
+    """kubelet is refused where the application isn't there (any more), once that is seen; what others take away is put
+    back; connections wait for the next daemon."""
     bpffs = tmp_path / "bpf"
     mount_bpffs(bpffs)
     try:
@@ -299,7 +333,9 @@ async def test_kubelet_is_refused_where_the_application_is_not_there(port: int, 
             where = Port("tcp", port)
             network.assign(0, {where})
             network.answer(0, {where: (Visitor.KUBELET,)})
-            _, _, probed, _ = network.listen()
+            listeners = network.listen()
+            probed = listeners[2]
+            inodes = {os.fstat(one.fileno()).st_ino for one in listeners[:2]}
             kubelet = socket.create_connection(("127.0.0.1", port), 5, ("127.0.0.7", 0))
             accepted, _ = probed.accept()
             flow = Flow("tcp", ("127.0.0.1", port), kubelet.getsockname())
@@ -308,8 +344,24 @@ async def test_kubelet_is_refused_where_the_application_is_not_there(port: int, 
                 await network.connect(flow, Visitor.KUBELET)
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port), 5, ("127.0.0.7", 0))
-            network.detach()
-            assert list(bpffs.glob("pod")) == []
+            # Somebody has detached the program, and ended what keeps the listener.
+            (pins / "link").unlink()
+            assert network.problem() is None
+            assert network.repairs == 1
+            network.park(0, Park.ALL)
+            os.kill(keepers(inodes)[0], signal.SIGKILL)
+            eventually(lambda: not keepers(inodes), "it ends")
+            assert network.problem() is None
+            for one in listeners:
+                one.close()
+            network.close()
+            socket.create_connection(("127.0.0.1", port), 5).close()
+            with contextlib.closing(HostNetwork.adopt(SELF, pins)) as next_one:
+                parked, *_ = next_one.listen()
+                assert next_one.accepted(parked.accept()[0])[0].port == where
+                next_one.detach()
+            eventually(lambda: not keepers(inodes), "it ends")
+            assert not pins.exists()
     finally:
         subprocess.run(["umount", bpffs], check=True)
 

@@ -21,6 +21,10 @@ class Host(FakeNetwork):
     def __init__(self) -> None:
         super().__init__()
         self.ours: set[Flow] = set()
+        self.places: set[tuple[str, Port]] = set()
+
+    def listens(self, slot: int, places: set[tuple[str, Port]]) -> None:
+        self.places = places
 
     def probing(self, slot: int, flows: Collection[Flow]) -> set[Flow]:
         return self.ours & set(flows)
@@ -54,6 +58,7 @@ def age(moment: float) -> float:
 def test_kubelet_is_looked_at_where_it_listens(host: Host) -> None:
     gate(host)
     assert host.answered == {HTTP: (Visitor.KUBELET,)}
+    assert host.places == {("::", HTTP)}
 
 
 def test_an_open_connection_is_in_the_way_whoever_has_made_it(host: Host) -> None:
