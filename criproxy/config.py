@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from criproxy import log, policy
+from criproxy import log
+from criproxy.annotations import BadValue, nanoseconds
+from criproxy.policy import DEFAULT_DURATION
 
 DEFAULT_CONFIG = Path("/etc/criproxy/config.toml")
 # sun_path of a Unix socket's address has 108 bytes, the last of which is a NUL (unix(7)).
@@ -146,12 +148,12 @@ def _duration(value: object) -> float:
     """Seconds from a Go duration, as in the annotation."""
     try:
         # TOML's bare 0 and 60 are left to the parser, which says what they lack.
-        nanoseconds = policy.nanoseconds(str(value))
-    except policy.BadValue as error:
+        duration = nanoseconds(str(value))
+    except BadValue as error:
         raise _BadValue(str(error)) from None
-    if nanoseconds < 0:
+    if duration < 0:
         raise _BadValue('is negative; "0" never scales down')
-    return nanoseconds / 1e9
+    return duration / 1e9
 
 
 # --- The settings ----------------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ class Config:
     )
     parking_bytes: int = _setting(4 << 20, _size, "SIZE", "bytes kept for a container that is scaled down", "4MiB")
     scaledown_duration: float = _setting(
-        policy.DEFAULT_DURATION,
+        DEFAULT_DURATION,
         _duration,
         "DURATION",
         "idle time before a scale-down for pods that don't give their own",

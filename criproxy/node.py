@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from criproxy import policy
+from criproxy.annotations import policy_of
 from criproxy.config import Config
 from criproxy.cri import rewrite
 from criproxy.cri.runtime import CriError, Runtime
@@ -239,9 +239,7 @@ class Node:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _sandbox(self, record: SandboxRecord) -> Sandbox:
-        parsed = policy.parse(
-            record.annotations, record.runtime_handler, default_duration=self._config.scaledown_duration
-        )
+        parsed = policy_of(record.annotations, record.runtime_handler, default_duration=self._config.scaledown_duration)
         assert parsed is not None  # it opted in, or there were no record
         return Sandbox(record, parsed, self._config, self._criu, self._pins / record.id)
 

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from criproxy import policy
+from criproxy.annotations import PREFIXES, PolicyError, policy_of
 from criproxy.api import cri_pb2 as cri
 from criproxy.config import Config
 from criproxy.cri import executable, forensic, rewrite
@@ -106,10 +107,10 @@ class Interceptors:
         request = cri.RunPodSandboxRequest.FromString(call.request)
         metadata = request.config.metadata
         try:
-            pod = policy.parse(
+            pod = policy_of(
                 request.config.annotations, request.runtime_handler, default_duration=self._config.scaledown_duration
             )
-        except policy.PolicyError as error:
+        except PolicyError as error:
             log.warning("%s/%s: refused: %s", metadata.namespace, metadata.name, error)
             call.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if pod is None:
@@ -125,7 +126,7 @@ class Interceptors:
             id=sandbox_id,
             namespace=request.config.metadata.namespace,
             name=request.config.metadata.name,
-            annotations={k: v for k, v in request.config.annotations.items() if k.startswith(policy.PREFIXES)},
+            annotations={k: v for k, v in request.config.annotations.items() if k.startswith(PREFIXES)},
             runtime_handler=request.runtime_handler,
         )
         await self._node.add_sandbox(record)

@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from criproxy import policy
+from criproxy.annotations import policy_of
 from criproxy.api import cri_pb2 as cri
 from criproxy.cri import interceptors as interceptors_module
 from criproxy.cri import rewrite
@@ -80,7 +81,7 @@ async def answer(
 
     record = SimpleNamespace(sandbox_id="pod", stop_signal="SIGQUIT", state=state)
     member = SimpleNamespace(container=sleeper, workload=workload, record=record, ended=ended)
-    parsed = policy.parse({f"criproxy.io/{key.replace('_', '-')}": value for key, value in annotations.items()}, "")
+    parsed = policy_of({f"criproxy.io/{key.replace('_', '-')}": value for key, value in annotations.items()}, "")
     pod = SimpleNamespace(policy=parsed or policy.Policy(), containers={"c1": member})
     node: Any = SimpleNamespace(member=lambda name: member if name == "c1" else None, sandboxes={"pod": pod})
     nothing: Any = None
@@ -179,7 +180,7 @@ async def create(
     monkeypatch.setattr(interceptors_module.Configuration, "from_info", lambda _: None)
     monkeypatch.setattr(rewrite, "container", lambda request, **_: b"with init")
     monkeypatch.setattr(rewrite, "container_handler", lambda request: b"untouched")
-    parsed = policy.parse({"criproxy.io/scaledown-duration": "1s"}, "")
+    parsed = policy_of({"criproxy.io/scaledown-duration": "1s"}, "")
     pod = SimpleNamespace(
         policy=parsed,
         record=SimpleNamespace(id="pod", namespace="default", name="web", problem="", runtime_handler=""),

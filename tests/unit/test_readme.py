@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from criproxy import policy
+from criproxy.annotations import markdown
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -10,4 +10,4 @@ README = Path(__file__).parents[2] / "README.md"
 def test_the_tables_of_annotations_are_the_policys() -> None:
     text = README.read_text()
     table = text.split("a test compares. -->\n")[1].split("<!-- /policy -->")[0]
-    assert table.strip() == policy.markdown().strip(), "write `python -m criproxy.policy` into README.md"
+    assert table.strip() == markdown().strip(), "write `python -m criproxy.annotations` into README.md"

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from criproxy import policy
 from criproxy import sandbox as sandbox_module
+from criproxy.annotations import policy_of
 from criproxy.config import Config
 from criproxy.criu.checkpoint import Criu
 from criproxy.record import Record, State
@@ -45,7 +45,7 @@ class Hook:
 @pytest.fixture
 async def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     record = SandboxRecord("pod", "default", "web", {"criproxy.io/scaledown-duration": "1s"}, "", "/netns")
-    parsed = policy.parse(record.annotations, "")
+    parsed = policy_of(record.annotations, "")
     assert parsed is not None
     made = Sandbox(record, parsed, Config(state_dir=tmp_path), cast(Criu, None), tmp_path / "pins")
     hook = Hook()
@@ -69,7 +69,7 @@ async def test_the_hook_is_looked_at_again_and_again(pod: Any, monkeypatch: pyte
         ("no link", False, ("no link", True)),
     ]:
         hook.trouble, hook.removed = trouble, removed
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while expected not in told:
                 await asyncio.sleep(0.005)
     await sandbox.close()

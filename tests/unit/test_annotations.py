@@ -4,31 +4,28 @@ import math
 
 import pytest
 
-from criproxy.policy import (
+from criproxy.annotations import (
     IGNORED,
     KEYS,
     BadValue,
-    Init,
-    Policy,
     PolicyError,
-    Port,
-    Tier,
     markdown,
     nanoseconds,
-    parse,
+    policy_of,
 )
+from criproxy.policy import Init, Policy, Port, Tier
 
 
 def policy(**annotations: str) -> Policy:
     """A policy from keys of ours, with underscores for the hyphens."""
-    result = parse({f"criproxy.io/{key.replace('_', '-')}": value for key, value in annotations.items()}, "")
+    result = policy_of({f"criproxy.io/{key.replace('_', '-')}": value for key, value in annotations.items()}, "")
     assert result is not None
     return result
 
 
 def refusal(annotations: dict[str, str]) -> str:
     with pytest.raises(PolicyError) as caught:
-        parse(annotations, "zeropod")
+        policy_of(annotations, "zeropod")
     return str(caught.value)
 
 
@@ -46,11 +43,11 @@ class TestOptIn:
         ],
     )
     def test_a_pod_without_annotations_of_ours_is_no_business_of_ours(self, annotations: dict[str, str]) -> None:
-        assert parse(annotations, "") is None
-        assert parse(annotations, "runc") is None
+        assert policy_of(annotations, "") is None
+        assert policy_of(annotations, "runc") is None
 
     def test_the_handler_alone_opts_in_with_zeropods_defaults(self) -> None:
-        result = parse({}, "zeropod")
+        result = policy_of({}, "zeropod")
         assert result == Policy(duration=60.0, container_names=None, ports={}, tier=Tier.AUTO)
         assert result.covers("any")
 
@@ -60,20 +57,20 @@ class TestOptIn:
         [("container-names", "a"), ("ports-map", "a=1"), ("scaledown-duration", ""), ("disable-checkpointing", "f")],
     )
     def test_any_shared_key_opts_in_under_either_prefix(self, prefix: str, key: str, value: str) -> None:
-        assert parse({prefix + key: value}, "") is not None
+        assert policy_of({prefix + key: value}, "") is not None
 
     def test_the_default_duration_can_be_another_one(self) -> None:
-        result = parse({}, "zeropod", default_duration=300)
+        result = policy_of({}, "zeropod", default_duration=300)
         assert result is not None
         assert result.duration == 300
-        explicit = parse({"criproxy.io/scaledown-duration": "1s"}, "", default_duration=300)
+        explicit = policy_of({"criproxy.io/scaledown-duration": "1s"}, "", default_duration=300)
         assert explicit is not None
         assert explicit.duration == 1
 
 
 class TestPrefixes:
     def test_the_article_s_manifest_works_as_it_is(self) -> None:
-        result = parse(
+        result = policy_of(
             {
                 "zeropod.ctrox.dev/ports-map": "wordpress=80",
                 "zeropod.ctrox.dev/container-names": "wordpress",
@@ -86,7 +83,7 @@ class TestPrefixes:
         assert not result.covers("sidecar")
 
     def test_ours_wins_key_by_key(self) -> None:
-        result = parse(
+        result = policy_of(
             {
                 "criproxy.io/scaledown-duration": "5s",
                 "zeropod.ctrox.dev/scaledown-duration": "10s",
@@ -98,22 +95,22 @@ class TestPrefixes:
 
     def test_a_bad_value_that_doesnt_count_isnt_looked_at(self) -> None:
         annotations = {"criproxy.io/scaledown-duration": "5s", "zeropod.ctrox.dev/scaledown-duration": "soon"}
-        assert parse(annotations, "") == Policy(5.0)
+        assert policy_of(annotations, "") == Policy(5.0)
 
     def test_an_empty_value_is_none(self) -> None:
         annotations = {"criproxy.io/scaledown-duration": "", "zeropod.ctrox.dev/scaledown-duration": "10s"}
-        assert parse(annotations, "") == Policy(10.0)
+        assert policy_of(annotations, "") == Policy(10.0)
         assert policy(container_names="", ports_map="", tier="", init="", disable_checkpointing="") == Policy()
 
     def test_zeropods_other_keys_are_accepted_whatever_their_value_and_named(self) -> None:
         annotations = {f"zeropod.ctrox.dev/{key}": "?" for key in (*IGNORED, "unheard-of")}
-        result = parse(annotations, "")
+        result = policy_of(annotations, "")
         assert result is not None
         assert result.ignored == tuple(sorted(annotations))
         assert len(IGNORED) == 8
 
     def test_keys_of_ours_alone_mean_nothing_under_zeropods_prefix(self) -> None:
-        result = parse({"zeropod.ctrox.dev/tier": "freeze"}, "zeropod")
+        result = policy_of({"zeropod.ctrox.dev/tier": "freeze"}, "zeropod")
         assert result is not None
         assert result.tier is Tier.AUTO
         assert result.ignored == ("zeropod.ctrox.dev/tier",)
@@ -259,7 +256,7 @@ class TestPortsMap:
 
 class TestTier:
     def test_disable_checkpointing_depends_on_the_prefix(self) -> None:
-        theirs = parse({"zeropod.ctrox.dev/disable-checkpointing": "true"}, "")
+        theirs = policy_of({"zeropod.ctrox.dev/disable-checkpointing": "true"}, "")
         assert theirs is not None
         assert theirs.tier is Tier.RESTART
         assert policy(disable_checkpointing="true").tier is Tier.FREEZE
@@ -288,7 +285,7 @@ class TestTier:
     )
     def test_ours_wins_over_zeropods(self, ours: dict[str, str], expected: Tier) -> None:
         annotations = {f"criproxy.io/{key}": value for key, value in ours.items()}
-        result = parse(annotations | {"zeropod.ctrox.dev/disable-checkpointing": "true"}, "")
+        result = policy_of(annotations | {"zeropod.ctrox.dev/disable-checkpointing": "true"}, "")
         assert result is not None
         assert result.tier is expected
 
