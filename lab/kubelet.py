@@ -58,11 +58,13 @@ class Result:
 
 @dataclass
 class Kubelet(Closing):
-    """See the module's text. `version` is the CRI package; `handler` what a runtimeClassName would give every pod."""
+    """See the module's text. `version` is the CRI package; `grace` how many seconds containers get for their end when
+    their pod is removed."""
 
     endpoint: str
     lab: Containerd
     version: str = "runtime.v1"
+    grace: int = 2
     pods: list["Pod"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -371,11 +373,11 @@ class Pod:
         request = cri.StopPodSandboxRequest(pod_sandbox_id=self.id)
         self.kubelet.call("StopPodSandbox", request, cri.StopPodSandboxResponse)
 
-    def remove(self, *, grace: int = 2) -> None:
+    def remove(self, *, grace: int | None = None) -> None:
         """Stop its containers with `grace` seconds each, remove them and the sandbox, then its cgroup."""
         if self.id:
             for container in list(self.containers):
-                container.stop(grace)
+                container.stop(self.kubelet.grace if grace is None else grace)
                 container.remove()
             self.stop()
             request = cri.RemovePodSandboxRequest(pod_sandbox_id=self.id)

@@ -484,7 +484,7 @@ def test_the_next_daemon_waits_for_a_criu_that_outlived_the_last(
 ) -> None:
     with kubelet.run_pod(annotations={**QUICK, "criproxy.io/lazy-pages": "never"}) as pod:
         # Big enough for CRIU to be caught in the middle of its work.
-        specimen = Specimen.run(pod, program, memory=800)
+        specimen = Specimen.run(pod, program, memory=400)
         specimen.tell("set kept")
         clients: list[threading.Thread] = []
 
@@ -682,7 +682,7 @@ def test_what_cannot_be_supported_runs_untouched_and_says_why(
 def test_status_has_the_documented_keys(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
     # It is awake when a stream takes hold of it.
     with kubelet.run_pod(annotations={"criproxy.io/scaledown-duration": "3s"}) as pod:
-        shown(Specimen.run(pod, program), daemon)
+        shown(Specimen.run(pod, program, memory=12), daemon)
 
 
 def shown(specimen: Specimen, daemon: Daemon) -> None:

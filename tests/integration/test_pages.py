@@ -51,6 +51,10 @@ def start(box: Callable[..., Box], memory: Path, tmp_path: Path) -> Iterator[Cal
         return container
 
     yield start
+    # A test that fails may leave one stopped.
+    for pid in loaders(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
     eventually(lambda: not loaders(tmp_path), "no loader is left")
 
 

@@ -474,7 +474,7 @@ def test_a_cpu_limit_does_not_slow_a_wake_and_is_back_afterwards(
             before = limits(pod, specimen.container)
             assert any(int(value.split()[0]) == 5000 for name, value in before.items() if "cpu" in name) == bool(limit)
             stops = []
-            for _ in range(4):
+            for _ in range(2):
                 wait_for(daemon, specimen.id, "scaled_down")
                 earlier = throttled(specimen.container)
                 specimen.ask("count")

@@ -44,7 +44,7 @@ class Log:
 @with_annotations(**{"lazy-pages": "never"})
 def test_the_grace_period_begins_when_it_is_awake(pod: Pod, program: Path, daemon: Daemon) -> None:
     # Big enough for CRIU to be caught in the middle of the restore.
-    specimen = Specimen.run(pod, program, memory=800)
+    specimen = Specimen.run(pod, program, memory=400)
     specimen.tell("on-term 9")
     wait_for(daemon, specimen.id, "scaled_down")
     stopping = threading.Thread(target=specimen.container.stop, args=(1,))

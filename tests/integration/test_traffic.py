@@ -100,7 +100,8 @@ def test_keepalives_are_answered_and_wake_nobody(specimen: Specimen, daemon: Dae
     if version == 6:
         specimen.address = next(ip for ip in specimen.container.pod.ips if ":" in ip)
     with specimen.connect() as connection:
-        for count in range(1, 4):
+        # The second time it is one that has been restored.
+        for count in range(1, 3):
             assert connection.ask("count") == str(count)
             impatient(connection)
             asleep(daemon, specimen)
