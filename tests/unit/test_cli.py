@@ -1,6 +1,8 @@
 """What `criproxy status` makes of the daemon's answer."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,16 @@ def test_json_has_all_counters(container: api.ContainerStatus, capsys: pytest.Ca
     assert parking == {
         "packets": 2, "bytes": 120, "overflowed": 1, "dropped": 3, "quiet": 4, "answered": 5, "corrupt": 6,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("run", "left_out"),
+    [
+        ("try: cli.main(['status', '--help'])\nexcept SystemExit: pass", ("grpc", "asyncio")),
+        ("cli.main(['status', '--control', '/nowhere/control.sock'])", ("criproxy.node", "criproxy.daemon")),
+    ],
+)
+def test_a_command_imports_what_it_needs(run: str, left_out: tuple[str, ...]) -> None:
+    program = f"import sys\nfrom criproxy import cli\n{run}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert not {*left_out} & {*done.stdout.splitlines()[-1].split()}
