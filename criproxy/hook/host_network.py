@@ -174,6 +174,8 @@ class HostNetwork(Slots):
     def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None:
         """As in a pod, but for what another pod has already."""
         others = self._others()
+        if not ports and not quiet:
+            self._addresses.pop(slot, None)  # the next container may listen elsewhere
         super().assign(slot, [p for p in ports if p not in others], [p for p in quiet if p not in others])
         self._place(slot)
 
