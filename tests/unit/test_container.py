@@ -256,7 +256,7 @@ class Fixture:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -345,7 +345,7 @@ async def test_a_call_during_the_dump_is_served_after_it(make: Make) -> None:
 
     tasks: list[asyncio.Task[None]] = []
     f.workload.during_dump = lambda: tasks.append(asyncio.create_task(call()))
-    await asyncio.wait_for(entered.wait(), 5)
+    await asyncio.wait_for(entered.wait(), 60)
     f.workload.during_dump = lambda: None
     await asyncio.gather(*tasks)
 
@@ -420,16 +420,12 @@ async def test_activity_between_the_two_steps_aborts(make: Make) -> None:
 async def test_cpu_use_counts_as_activity_and_is_told(make: Make) -> None:
     f = make()
 
-    async def burn() -> None:
-        while True:
-            f.workload.cpu += 0.005
-            await asyncio.sleep(0.01)
-
-    task = asyncio.create_task(burn())
+    used = f.workload.cpu_usage
+    f.workload.cpu_usage = lambda: time.monotonic() / 2  # type: ignore[method-assign]
     await asyncio.sleep(0.3)
     assert "dump" not in f.log
     await eventually(lambda: "of a core" in f.container.reason())
-    task.cancel()
+    f.workload.cpu_usage = used  # type: ignore[method-assign]
     await f.until(State.SCALED_DOWN)
 
 
@@ -481,18 +477,16 @@ async def test_a_failed_dump_leaves_it_running_and_backs_off(make: Make, monkeyp
     monkeypatch.setattr(container_module, "BACKOFF_SECONDS", (0.1, 10.0))
     f = make()
     f.workload.dump_errors = [CheckpointError("uses io_uring"), CheckpointError("uses io_uring")]
-    await eventually(lambda: f.log.count("dump") == 1)
-    first = time.monotonic()
+    dumps: list[float] = []
+    f.workload.during_dump = lambda: dumps.append(time.monotonic())
+    await eventually(lambda: len(dumps) == 1)
     await f.until(State.RUNNING)
     assert f.log[-1] == "open"
     assert "uses io_uring" in f.container.reason()
-    await eventually(lambda: f.log.count("dump") == 2)
-    second = time.monotonic()
-    await eventually(lambda: f.log.count("dump") == 3)
-    # Somewhat less than the pauses: what is seen here is seen late.
-    assert second - first >= 0.08
-    assert time.monotonic() - second >= 0.15
     await f.until(State.SCALED_DOWN)
+    first, second, third = dumps
+    assert second - first >= 0.1
+    assert third - second >= 0.2
     assert "end" not in f.log
 
 
@@ -600,7 +594,7 @@ async def test_exit_releases_whoever_waits(make: Make) -> None:
     task = asyncio.create_task(call())
     await f.until(State.RESTORING)
     await f.container.exited()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, 60)
 
 
 async def test_an_internal_error_leaves_it_running_with_an_open_gate(make: Make) -> None:
@@ -815,7 +809,7 @@ async def test_one_that_is_killed_while_it_freezes_is_thawed(make: Make) -> None
 
     tasks: list[asyncio.Task[None]] = []
     f.workload.during_freeze = lambda: tasks.append(asyncio.create_task(kill()))
-    await asyncio.wait_for(killed.wait(), 5)
+    await asyncio.wait_for(killed.wait(), 60)
     f.workload.during_freeze = lambda: None
     await asyncio.gather(*tasks)
 
@@ -890,7 +884,7 @@ async def test_nobody_waits_for_ever_for_what_could_not_be_rescued(make: Make, b
         f.workload.rescue = rescue  # type: ignore[method-assign]
     else:
         f.gate.open = fail  # type: ignore[method-assign]
-    async with asyncio.timeout(5), f.container.awake("exec"):
+    async with asyncio.timeout(60), f.container.awake("exec"):
         assert f.record.state is State.DISABLED
     assert ("open" if broken == "rescue" else "rescue") in f.log
 
@@ -912,7 +906,7 @@ async def test_a_full_disk_keeps_no_container_asleep_and_lets_none_go_to_sleep(
     full = False
     await f.until(State.SCALED_DOWN)
     full = True
-    async with asyncio.timeout(5), f.container.awake("exec"):
+    async with asyncio.timeout(60), f.container.awake("exec"):
         assert f.record.state is State.RUNNING
     await f.container.exited()
     assert f.record.state is State.EXITED
@@ -1000,7 +994,7 @@ async def test_what_is_replaced_can_not_be_restored_by_the_next_daemon(make: Mak
     f.workload.end = end  # type: ignore[method-assign]
     await f.until(State.SCALED_DOWN)
     f.packet()
-    await asyncio.wait_for(ending.wait(), 5)
+    await asyncio.wait_for(ending.wait(), 60)
     await f.container.close()
     assert f.log[-4:] == ["spoil", "end", "kill", "start_afresh"]
 
@@ -1062,7 +1056,7 @@ async def test_a_call_does_not_wait_until_a_fresh_application_listens(make: Make
     f = make(tiers=(Tier.RESTART,))
     await f.until(State.SCALED_DOWN)
     f.gate.quiet_reason = "doesn't listen on 80 (yet)"
-    async with asyncio.timeout(5), f.container.awake("StopContainer"):
+    async with asyncio.timeout(60), f.container.awake("StopContainer"):
         assert f.record.state is State.RESTORING
         assert f.log[-1] == "start_afresh"
         assert "open" not in f.log
@@ -1076,7 +1070,7 @@ async def test_one_that_nothing_could_wake_is_brought_back_and_left_alone(make: 
     await f.until(State.DISABLED)
     assert f.log == ["restore", "open", "verify", "discard"]
     assert (f.container.reason(), f.record.tier) == ("there is no hook", "")
-    async with asyncio.timeout(5), f.container.awake("exec"):
+    async with asyncio.timeout(60), f.container.awake("exec"):
         pass
     await f.container.exited()
     assert f.record.state is State.EXITED

@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import stat
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,12 @@ class Containerd(grpc.GenericRpcHandler):
                 raise
 
         return grpc.stream_stream_rpc_method_handler(behave)
+
+    async def called(self, times: int = 1) -> None:
+        """Waits until it was called so often."""
+        async with asyncio.timeout(60):
+            while len(self.remaining) < times:
+                await asyncio.sleep(0.005)
 
     async def start(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -258,17 +263,15 @@ async def test_the_deadline_is_passed_on(containerd, proxied, method):
     await outcome(proxied, method, timeout=30)
     await outcome(proxied, method)
     with_deadline, without = containerd.remaining
-    assert with_deadline == pytest.approx(30, abs=2)
+    assert 0 < with_deadline <= 30
     assert without is None
 
 
 @pytest.mark.parametrize("method", [VERSION, EVENTS])
 async def test_a_passed_deadline_ends_the_call_on_both_sides(containerd, proxied, method):
     containerd.behaviours[method] = hang
-    begin = time.monotonic()
     assert (await outcome(proxied, method, timeout=0.2))["code"] is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - begin < 1
-    await asyncio.wait_for(containerd.cancelled.wait(), 1)
+    await asyncio.wait_for(containerd.cancelled.wait(), 60)
 
 
 @pytest.mark.parametrize("method", [VERSION, EVENTS])
@@ -281,9 +284,9 @@ async def test_a_client_that_cancels_cancels_the_call_in_containerd(containerd, 
 
     containerd.behaviours[method] = wait
     call = proxied.unary_stream(method)(b"")
-    await asyncio.wait_for(entered.wait(), 1)
+    await asyncio.wait_for(entered.wait(), 60)
     call.cancel()
-    await asyncio.wait_for(containerd.cancelled.wait(), 1)
+    await asyncio.wait_for(containerd.cancelled.wait(), 60)
 
 
 async def test_a_client_whose_connection_ends_cancels_the_call_in_containerd(containerd, tmp_path, connect):
@@ -291,19 +294,19 @@ async def test_a_client_whose_connection_ends_cancels_the_call_in_containerd(con
     async with Proxy(f"unix://{tmp_path}/criproxy.sock", f"unix://{containerd.path}") as proxy:
         client = connect(proxy.path)
         call = client.unary_stream(EVENTS)(b"")
-        await asyncio.sleep(0.1)
+        await containerd.called()
         await client.close()
         assert call.cancelled()
-        await asyncio.wait_for(containerd.cancelled.wait(), 1)
+        await asyncio.wait_for(containerd.cancelled.wait(), 60)
 
 
 @pytest.mark.parametrize("method", [VERSION, EVENTS])
 async def test_containerd_going_away_ends_the_calls(containerd, proxied, connect, method):
     containerd.behaviours[method] = hang
     calls = [asyncio.create_task(outcome(channel, method)) for channel in (connect(containerd.path), proxied)]
-    await asyncio.sleep(0.2)
+    await containerd.called(2)
     await containerd.stop()
-    direct, through = await asyncio.wait_for(asyncio.gather(*calls), 2)
+    direct, through = await asyncio.wait_for(asyncio.gather(*calls), 60)
     assert through["code"] is direct["code"]
 
 
@@ -323,7 +326,7 @@ async def test_a_client_that_keeps_its_sending_side_open_is_refused(containerd, 
     containerd.behaviours[UNKNOWN] = echo
     call = proxied.stream_stream(UNKNOWN)()
     await call.write(b"one")
-    assert await asyncio.wait_for(call.code(), 2) is grpc.StatusCode.UNIMPLEMENTED
+    assert await asyncio.wait_for(call.code(), 60) is grpc.StatusCode.UNIMPLEMENTED
     assert containerd.requests == []
 
 
@@ -354,13 +357,11 @@ async def test_without_containerd_calls_fail_at_once_and_work_at_once_when_it_is
     for _ in range(3):
         await containerd.stop()
         for _ in range(5):
-            begin = time.monotonic()
+            # Whoever waits for it would do so until the deadline.
             assert (await outcome(proxied, method, timeout=30))["code"] is grpc.StatusCode.UNAVAILABLE
-            assert time.monotonic() - begin < 0.5
         await containerd.start()
-        begin = time.monotonic()
+        # And whoever remembers that it was away would fail.
         assert (await outcome(proxied, method, b"x", timeout=30))["messages"] == [b"echo x"]
-        assert time.monotonic() - begin < 0.5
 
 
 async def test_it_starts_before_containerd_does(containerd, tmp_path, connect):
@@ -508,18 +509,21 @@ async def test_at_the_end_a_call_may_finish_and_a_stream_is_told_to_come_back(co
     await proxy.start()
     client = connect(proxy.path)
     call, events, unknown = (asyncio.create_task(outcome(client, method)) for method in (VERSION, EVENTS, UNKNOWN))
-    await asyncio.wait_for(entered.wait(), 1)
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        await entered.wait()
+        # The unknown one is known for a stream by its second message.
+        while sum(proxy._calls.values()) < 2:
+            await asyncio.sleep(0.005)
 
     closing = asyncio.create_task(proxy.close())
     for stream in (events, unknown):
-        ended = await asyncio.wait_for(stream, 1)
+        ended = await asyncio.wait_for(stream, 60)
         assert (ended["code"], ended["details"]) == (grpc.StatusCode.UNAVAILABLE, "criproxy is shutting down")
     assert not call.done()
     assert not proxy.path.exists()
     proceed.set()
-    assert (await asyncio.wait_for(call, 1))["messages"] == [b"done"]
-    await asyncio.wait_for(closing, 1)
+    assert (await asyncio.wait_for(call, 60))["messages"] == [b"done"]
+    await asyncio.wait_for(closing, 60)
 
 
 @pytest.mark.parametrize("intercepted", [False, True])
@@ -532,10 +536,10 @@ async def test_a_call_that_does_not_end_is_ended(containerd, tmp_path, connect, 
     proxy = Proxy(endpoint, f"unix://{containerd.path}", {VERSION: pass_on} if intercepted else {}, grace=0.2)
     await proxy.start()
     call = asyncio.create_task(outcome(connect(proxy.path), VERSION))
-    await asyncio.sleep(0.1)
-    await asyncio.wait_for(proxy.close(), 1)
-    assert (await asyncio.wait_for(call, 1))["code"] is grpc.StatusCode.UNAVAILABLE
-    await asyncio.wait_for(containerd.cancelled.wait(), 1)
+    await containerd.called()
+    await asyncio.wait_for(proxy.close(), 60)
+    assert (await asyncio.wait_for(call, 60))["code"] is grpc.StatusCode.UNAVAILABLE
+    await asyncio.wait_for(containerd.cancelled.wait(), 60)
 
 
 # --- Interceptors ------------------------------------------------------------------------------------------------
@@ -672,10 +676,10 @@ async def test_a_client_that_cancels_cancels_the_interceptor_and_containerd(cont
     containerd.behaviours[VERSION] = hang
     client = await serve(watch)
     call = client.unary_unary(VERSION)(b"")
-    await asyncio.sleep(0.1)
+    await containerd.called()
     call.cancel()
-    await asyncio.wait_for(cancelled.wait(), 1)
-    await asyncio.wait_for(containerd.cancelled.wait(), 1)
+    await asyncio.wait_for(cancelled.wait(), 60)
+    await asyncio.wait_for(containerd.cancelled.wait(), 60)
 
 
 def test_methods_are_named_for_each_version_of_cri():

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,30 +15,28 @@ from criproxy import run
 
 
 async def test_output_and_code_come_back() -> None:
-    completed = await run.spawn(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout=5)
+    completed = await run.spawn(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout=60)
     assert (completed.returncode, completed.stdout, completed.stderr) == (3, b"out\n", b"err\n")
 
 
 async def test_a_signal_is_a_negative_code() -> None:
-    assert (await run.spawn(["sh", "-c", "kill -KILL $$"], timeout=5)).returncode == -signal.SIGKILL
+    assert (await run.spawn(["sh", "-c", "kill -KILL $$"], timeout=60)).returncode == -signal.SIGKILL
 
 
 async def test_more_output_than_a_pipe_holds_doesnt_block_the_child() -> None:
-    completed = await run.spawn(["head", "-c", str(run.CAPTURE_LIMIT + 300_000), "/dev/zero"], timeout=5)
+    completed = await run.spawn(["head", "-c", str(run.CAPTURE_LIMIT + 300_000), "/dev/zero"], timeout=60)
     assert completed.returncode == 0
     assert len(completed.stdout) == run.CAPTURE_LIMIT
 
 
 async def test_a_child_has_ended_although_its_offspring_keeps_the_pipe_open() -> None:
-    began = time.monotonic()
-    completed = await run.spawn(["sh", "-c", "sleep 2 & echo $!"], timeout=5)
-    assert time.monotonic() - began < 1
+    completed = await run.spawn(["sh", "-c", "sleep 600 & echo $!"], timeout=60)
     os.kill(int(completed.stdout), signal.SIGKILL)
 
 
 async def test_the_time_out_kills_and_says_what_was_said_by_then() -> None:
-    with pytest.raises(run.Expired, match=r"took longer than 0\.2 s") as caught:
-        await run.spawn(["sh", "-c", "echo so far; exec sleep 60"], timeout=0.2)
+    with pytest.raises(run.Expired, match=r"took longer than 2 s") as caught:
+        await run.spawn(["sh", "-c", "echo so far; exec sleep 600"], timeout=2)
     assert caught.value.completed is not None
     assert caught.value.completed.stdout == b"so far\n"
     assert caught.value.completed.returncode == -signal.SIGKILL
@@ -60,7 +57,7 @@ async def test_no_descriptor_is_inherited_that_wasnt_named() -> None:
     with open("/dev/null") as named, open("/dev/null") as other:
         os.set_inheritable(other.fileno(), True)
         listing = [sys.executable, "-c", "import os; print(*sorted(os.listdir('/proc/self/fd'), key=int))"]
-        completed = await run.spawn(listing, timeout=5, pass_fds=[named.fileno()])
+        completed = await run.spawn(listing, timeout=60, pass_fds=[named.fileno()])
         open_ones = {int(fd) for fd in completed.stdout.split()}
         assert named.fileno() in open_ones
         assert other.fileno() not in open_ones
@@ -72,12 +69,12 @@ async def test_a_missing_executable_is_named() -> None:
 
 
 async def test_nothing_is_left_open() -> None:
-    await run.spawn(["true"], timeout=5)
+    await run.spawn(["true"], timeout=60)
     before = os.listdir("/proc/self/fd")
     for _ in range(5):
-        await run.spawn(["true"], timeout=5)
+        await run.spawn(["true"], timeout=60)
         with pytest.raises(run.CommandError):
-            await run.spawn(["/no/such/tool"], timeout=5)
+            await run.spawn(["/no/such/tool"], timeout=60)
         with pytest.raises(run.Expired):
             await run.spawn(["sleep", "9"], timeout=0.01)
     assert os.listdir("/proc/self/fd") == before

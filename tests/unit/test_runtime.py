@@ -175,7 +175,7 @@ async def test_a_containerd_that_is_away_is_tried_again_and_then_named(container
     begin = time.monotonic()
     with pytest.raises(Unreachable, match=r"^containerd doesn't answer at .*containerd\.sock: "):
         await runtime.version()
-    assert 0.4 < time.monotonic() - begin < 2
+    assert time.monotonic() - begin > 0.4
     assert "trying again in" in caplog.text
 
     waiting = asyncio.create_task(runtime.version())

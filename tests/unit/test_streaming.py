@@ -41,7 +41,7 @@ class Server:
         self.url = f"https://{shown}:{self.port}/exec/t%2Fken?a=b;c"
 
     async def accept(self) -> socket.socket:
-        connection, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(self.listener), 5)
+        connection, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(self.listener), 60)
         _opened.append(connection)
         return connection
 
@@ -60,7 +60,7 @@ class Hold:
         return not self.left.is_set()
 
     async def let_go(self) -> None:
-        await asyncio.wait_for(self.left.wait(), 5)
+        await asyncio.wait_for(self.left.wait(), 60)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ async def connected(streams: Streaming, server: Server, hold: Hold) -> tuple[soc
 
 async def read(end: socket.socket) -> bytes:
     """What has come; empty at the end. Raises ConnectionResetError."""
-    return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(end, 1 << 16), 5)
+    return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(end, 1 << 16), 60)
 
 
 async def to_the_end(end: socket.socket) -> None:
@@ -106,7 +106,7 @@ async def to_the_end(end: socket.socket) -> None:
 
 
 async def send(end: socket.socket, data: bytes) -> None:
-    await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(end, data), 5)
+    await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(end, data), 60)
 
 
 def reset(end: socket.socket) -> None:
@@ -143,7 +143,7 @@ async def test_only_the_port_of_the_url_is_another(host: str, streams: Streaming
     "url", ["http://192.0.2.1:10010/exec/t", "http://node-1:10010/exec/t", "http://127.0.0.1/exec/t", "", "http://[::1"]
 )
 async def test_what_can_not_be_relayed_goes_past_us_and_is_held_for_a_moment(url: str, hold: Hold) -> None:
-    streams = Streaming(unseen_seconds=0.1)
+    streams = Streaming(unseen_seconds=0.5)
     assert streams.url(url, await hold.stack()) == url
     await asyncio.sleep(0)
     assert hold.held
@@ -189,8 +189,8 @@ async def test_nobody_came(server: Server, hold: Hold) -> None:
 
 
 async def test_a_stream_outlives_the_time_in_which_it_may_begin(server: Server, hold: Hold) -> None:
-    client, upstream = await connected(Streaming(token_seconds=0.1), server, hold)
-    await asyncio.sleep(0.3)
+    client, upstream = await connected(Streaming(token_seconds=1.0), server, hold)
+    await asyncio.sleep(1.2)
     assert hold.held
     client.close()
     upstream.close()
@@ -261,14 +261,14 @@ async def test_they_end_with_the_daemon(when: str, streams: Streaming, server: S
     url = streams.url(server.url, await hold.stack())
     if when == "awaited":
         await asyncio.sleep(0.05)
-        await asyncio.wait_for(streams.close(), 5)
+        await asyncio.wait_for(streams.close(), 60)
         with pytest.raises(ConnectionRefusedError):
             await dial(url)
     else:
         client, upstream = await dial(url), await server.accept()
         if when == "stuck":
             await fill(client)
-        await asyncio.wait_for(streams.close(), 5)
+        await asyncio.wait_for(streams.close(), 60)
         with contextlib.suppress(ConnectionResetError):
             await to_the_end(client)
         upstream.close()
