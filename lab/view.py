@@ -52,9 +52,15 @@ class View:
     """The pod has redis (an exec and a TCP probe), nginx (HTTP) and etcd (gRPC)."""
 
     def __init__(
-        self, lab: Containerd, daemon: Daemon, kubelet: Kubelet, say: Callable[[str], None] = lambda line: None
+        self,
+        lab: Containerd,
+        daemon: Daemon,
+        kubelet: Kubelet,
+        say: Callable[[str], None] = lambda line: None,
+        *,
+        timeout: float = 1.0,
     ) -> None:
-        """`say` is given lines for people on the progress."""
+        """`say` is given lines for people on the progress; `timeout`: a probe's, in seconds (kubelet's default)."""
         self._daemon = daemon
         self._kubelet = kubelet
         self._say = say
@@ -65,10 +71,10 @@ class View:
         self._prober = Prober(
             lab,
             [
-                prober.Exec.of("redis, exec", self._redis, "redis-cli", "ping"),
-                prober.Tcp("redis, TCP", address, 6379),
-                prober.Http("nginx, HTTP", address, 80),
-                prober.Grpc("etcd, gRPC", address, 2379),
+                prober.Exec.of("redis, exec", self._redis, "redis-cli", "ping", timeout=timeout),
+                prober.Tcp("redis, TCP", address, 6379, timeout=timeout),
+                prober.Http("nginx, HTTP", address, 80, timeout=timeout),
+                prober.Grpc("etcd, gRPC", address, 2379, timeout=timeout),
             ],
         )
         self._events: list[cri.ContainerEventResponse] = []
