@@ -31,7 +31,6 @@ import logging
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -94,8 +93,6 @@ class PodNetwork(Slots):
         """Parked packets whose checksum was wrong, and which therefore weren't sent again."""
         self.repairs = 0
         """How often `problem` has hooked a link that had no hook: what passed it meanwhile was not seen."""
-        self.attached_in = 0.0
-        """Seconds that `attach` or `adopt` took."""
         self._on_parked: Callable[[Parked], None] | None = None
         self._on_watched: Callable[[Watched], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -125,7 +122,6 @@ class PodNetwork(Slots):
         """
         if ring_bytes < 4096 or ring_bytes & (ring_bytes - 1):
             raise NetworkError(f"The ring buffer can't have {ring_bytes} bytes (a power of two from 4096 on)")
-        began = time.monotonic()
         # Once pinned, the rest is as after a restart of the daemon.
         Object(
             program, pins, {RING: ring_bytes}, (*MAPS, RING, WATCHED), DIRECTIONS, kubelet.shared_maps(pins.parent)
@@ -144,7 +140,6 @@ class PodNetwork(Slots):
             if isinstance(error, OSError):
                 raise NetworkError(f"Cannot attach to the pod's network {netns}: {error.strerror or error}") from error
             raise
-        self.attached_in = time.monotonic() - began
         return self
 
     @classmethod
@@ -154,7 +149,6 @@ class PodNetwork(Slots):
         Raises BpfError or NetworkError if it isn't (wholly) there, or is another version's: `discard(pins)` and
         `attach` are the way out then.
         """
-        began = time.monotonic()
         self = cls(netns, pins)
         try:
             if POD.unpack(self._get("pod", 0))[0] != LAYOUT:
@@ -168,7 +162,6 @@ class PodNetwork(Slots):
         except BaseException:
             self.close()
             raise
-        self.attached_in = time.monotonic() - began
         return self
 
     @staticmethod
