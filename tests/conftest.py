@@ -4,6 +4,7 @@ A test asks for `kubelet` (through criproxy) or `direct` (containerd itself). Bo
 test fails that leaves anything of criproxy's behind. What the daemons logged meanwhile is shown with a failed test.
 """
 
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -64,6 +65,11 @@ def direct(containerd: Containerd) -> Iterator[Kubelet]:
     """A kubelet that talks to containerd itself. It lets go of its pods at once: their end is nothing of ours."""
     with Kubelet(containerd.endpoint, containerd, grace=0) as client:
         yield client
+
+
+def pytest_configure() -> None:
+    # As Ctrl-C: all is cleaned up. SystemExit would be one failed test, and the next would begin.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

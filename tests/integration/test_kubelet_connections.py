@@ -92,7 +92,7 @@ def cgroup2() -> Path:
 @contextlib.contextmanager
 def made_cgroup(name: str) -> Iterator[Path]:
     cgroup = cgroup2() / name
-    cgroup.mkdir()
+    cgroup.mkdir(exist_ok=True)
     try:
         yield cgroup
     finally:

@@ -76,6 +76,8 @@ def topology() -> Iterator[Topology]:
     net = Topology(bpffs)
     mount_bpffs(bpffs)
     try:
+        # What a run that was killed, with the same number, has left.
+        net.down()
         net.up()
         yield net
     finally:
