@@ -30,7 +30,7 @@ _MEANINGS: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
         (r"send_fds failed|Can't retrieve FDs", "it has a descriptor open that the kernel doesn't let CRIU have"),
         (
             r"Unsupported proto 262",
-            "it listens with MPTCP, which CRIU can't dump (net.mptcp.enabled=0 in its pod helps)",
+            "it listens with MPTCP, which CRIU can't dump (net.mptcp.enabled=0 in its network helps)",
         ),
         (r"Unsupported proto|Unknown socket collected", "it has a socket of a protocol that CRIU can't dump"),
         (r"secretmem", "it has secret memory (memfd_secret), which CRIU can't read"),

@@ -30,7 +30,7 @@ Error (criu/cr-restore.c:2320): Restoring FAILED.
         (IO_URING, 'it has a descriptor open that the kernel doesn\'t let CRIU have (CRIU: "send_fds failed (-22)")'),
         (
             MPTCP,
-            "it listens with MPTCP, which CRIU can't dump (net.mptcp.enabled=0 in its pod helps) "
+            "it listens with MPTCP, which CRIU can't dump (net.mptcp.enabled=0 in its network helps) "
             '(CRIU: "inet: Unsupported proto 262 for socket 6ae5a")',
         ),
         (
