@@ -111,13 +111,6 @@ class Daemon:
         answer: list[dict[str, Any]] = json.loads(run([COMMAND, "status", "--json", "--control", self.control]))
         return answer
 
-    def container(self, container_id: str) -> dict[str, Any]:
-        """The status of one container. Raises LabError if criproxy doesn't know it."""
-        for found in self.status():
-            if found["container_id"] == container_id:
-                return found
-        raise LabError(f"criproxy knows no container {container_id}")
-
     def known(self) -> dict[str, ContainerStatus]:
         """What criproxy knows of its containers, by their ids; asked without the command, whose start would take longer
         than what is looked for. Raises LabError."""
@@ -132,10 +125,11 @@ class Daemon:
             raise LabError(f"criproxy knows no container {container_id}")
         return found
 
-    def wait_for(self, container_id: str, state: str, *, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until the container is in the state; its status then. Raises LabError after `timeout` seconds."""
+    def wait_for(self, container_id: str, state: str, *, timeout: float = 60.0) -> ContainerStatus:
+        """Waits until the container is in the state; what criproxy knows of it then. Raises LabError after `timeout`
+        seconds."""
         deadline = time.monotonic() + timeout
-        while (found := self.container(container_id))["state"] != state:
+        while (found := self.seen(container_id)).state != state:
             if time.monotonic() > deadline:
                 raise LabError(f"Not {state} within {timeout:g} s: {found}\n{self.service.tail()}")
             time.sleep(0.05)

@@ -11,9 +11,9 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from criproxy.api import cri_pb2 as cri
+from criproxy.api.control_pb2 import ContainerStatus
 from lab import LabError, client
 from lab.client import Connection, Service
 from lab.console import Console, Table, arguments, milliseconds, size
@@ -105,7 +105,7 @@ class Demo:
             redis.service = Service(redis.service.address, 6379, client.redis("GET", "secret", wanted=secret))
             for app in (redis, nginx):
                 # On a slow machine one may have slept while the other was started.
-                app.wakes = self._daemon.container(app.container.id)["restores"]
+                app.wakes = self._daemon.seen(app.container.id).restores
             say(f"now nobody asks for anything; after {IDLE} they are checkpointed, and their memory is freed")
             self._until_asleep(redis, nginx)
             self._show_asleep(redis, nginx)
@@ -129,12 +129,12 @@ class Demo:
         self._console.say(f"  {name} answers on {service.address}:{port} and uses {size(app.awake)}")
         return app
 
-    def _until_asleep(self, *apps: App) -> list[dict[str, Any]]:
-        """What `criproxy status` says of them once all are scaled down, as often as they were woken and once more."""
+    def _until_asleep(self, *apps: App) -> list[ContainerStatus]:
+        """What criproxy knows of them once all are scaled down, as often as they were woken and once more."""
         found = []
         for app in apps:
             status = self._daemon.wait_for(app.container.id, "scaled_down", timeout=PATIENCE)
-            if (status["checkpoints"], status["restores"]) != (app.wakes + 1, app.wakes):
+            if (status.checkpoints, status.restores) != (app.wakes + 1, app.wakes):
                 raise LabError(f"{app.name} was woken {app.wakes} times, but criproxy says: {status}")
             found.append(status)
         return found
@@ -170,7 +170,7 @@ class Demo:
         figures = self._measure(redis, status, times, increment)
         table.row(str(cycle), times.what, *figures, f"INCR has come to {request}")
 
-    def _measure(self, app: App, status: dict[str, Any], times: Times, ask: Callable[[], float]) -> tuple[str, ...]:
+    def _measure(self, app: App, status: ContainerStatus, times: Times, ask: Callable[[], float]) -> tuple[str, ...]:
         """Wakes the application; returns what the table shows of it. `ask` raises LabError if the answer is wrong."""
         sleeping = app.container.memory()
         asleep = ask()
@@ -179,7 +179,7 @@ class Demo:
         times.asleep.append(asleep)
         times.warm.append(warm)
         return (
-            milliseconds(status["last_checkpoint_seconds"]),
+            milliseconds(status.last_checkpoint_seconds),
             size(app.container.memory()),
             size(sleeping),
             milliseconds(asleep),
@@ -189,7 +189,7 @@ class Demo:
 
     def _conclude(self, redis: App, nginx: App, measured: tuple[Times, ...]) -> None:
         for app in (redis, nginx):
-            restores = self._daemon.container(app.container.id)["restores"]
+            restores = self._daemon.seen(app.container.id).restores
             if restores != app.wakes:
                 raise LabError(f"{app.name} was woken {app.wakes} times, but criproxy says {restores}")
         say = self._console.say

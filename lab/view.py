@@ -162,16 +162,16 @@ class View:
                     self._events.append(event)
 
     def _sleeps(self, container: Container) -> bool:
-        return bool(self._daemon.container(container.id)["state"] == "scaled_down")
+        return self._daemon.seen(container.id).state == "scaled_down"
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         """Checkpoints and restores of each container."""
-        known = {status["container_id"]: status for status in self._daemon.status()}
+        known = self._daemon.known()
         found = (known[container.id] for container in self.containers)
-        return {s["container"]: (int(s["checkpoints"]), int(s["restores"])) for s in found}
+        return {s.container: (s.checkpoints, s.restores) for s in found}
 
     def _states(self) -> dict[str, str]:
-        return {s["container"]: f"{s['state']}: {s['reason']}" for s in self._daemon.status()}
+        return {s.container: f"{s.state}: {s.reason}" for s in self._daemon.known().values()}
 
 
 if __name__ == "__main__":

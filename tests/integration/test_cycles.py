@@ -289,7 +289,7 @@ def test_only_the_named_container_is_scaled_down(kubelet: Kubelet, program: Path
         # No init of ours, no mount of ours, nothing in the status.
         assert comm(two.init()) == "specimen"
         assert not Path(f"/proc/{two.init()}/root/.criproxy").exists()
-        assert two.id not in {c["container_id"] for c in daemon.status()}
+        assert two.id not in daemon.known()
         # Its traffic wakes nobody, and it goes on all the time.
         for count in range(1, 4):
             assert two.ask("count") == str(count)

@@ -18,6 +18,7 @@ import pytest
 from specimen import PATIENCE, eventually, never
 
 from criproxy.api import cri_pb2 as cri
+from criproxy.api.control_pb2 import ContainerStatus
 from criproxy.entanglement import entanglement
 from criproxy.freezer import FreezeError, Freezer
 from criproxy.kernel import netlink, sockets
@@ -259,9 +260,9 @@ class World:
         eventually(lambda: listens(address), "it listens")
         return pod, container
 
-    def asleep(self, container: Container, tier: str = "freeze") -> dict[str, object]:
+    def asleep(self, container: Container, tier: str = "freeze") -> ContainerStatus:
         status = self.daemon.wait_for(container.id, "scaled_down")
-        assert status["tier"] == tier
+        assert status.tier == tier
         return status
 
 
@@ -311,8 +312,8 @@ def test_cycles_with_the_state_kept(world: World) -> None:
     assert ask(pod.ip, b"SET k kept\r\n") == b"+OK\r\n"
     for _ in range(3):
         status = world.asleep(redis)
-        assert status["reason"] == ""
-        assert status["checkpoint_bytes"] == 0
+        assert status.reason == ""
+        assert status.checkpoint_bytes == 0
         # Kubernetes sees a running container that was never restarted.
         assert redis.status().state == cri.ContainerState.CONTAINER_RUNNING
         assert redis.status().started_at == started.started_at
@@ -337,9 +338,9 @@ def test_keep_alives_of_both_sides_are_answered_while_it_is_frozen(kubelet: Kube
         client.connect((pod.ip, 6379))
         client.sendall(b"PING\r\n")
         assert client.recv(100) == b"+PONG\r\n"
-        before = daemon.wait_for(redis.id, "scaled_down")["restores"]
+        before = daemon.wait_for(redis.id, "scaled_down").restores
         time.sleep(7)
-        assert daemon.container(redis.id)["restores"] == before, "a keep-alive doesn't wake it"
+        assert daemon.seen(redis.id).restores == before, "a keep-alive doesn't wake it"
         client.sendall(b"PING\r\n")
         assert client.recv(100) == b"+PONG\r\n"
 
@@ -367,8 +368,8 @@ def test_limits_can_be_changed_without_a_wake(world: World) -> None:
     limits = cri.LinuxContainerResources(memory_limit_in_bytes=128 << 20, cpu_period=100_000, cpu_quota=50_000)
     request = cri.UpdateContainerResourcesRequest(container_id=redis.id, linux=limits)
     world.kubelet.call("UpdateContainerResources", request, cri.UpdateContainerResourcesResponse)
-    status = world.daemon.container(redis.id)
-    assert (status["state"], status["restores"]) == ("scaled_down", 0)
+    status = world.daemon.seen(redis.id)
+    assert (status.state, status.restores) == ("scaled_down", 0)
 
 
 @pytest.mark.parametrize(
@@ -445,9 +446,9 @@ def test_the_next_daemon_takes_it_over(world: World, how: str) -> None:
         client.sendall(b"GET k\r\n")
         assert client.recv(100) == b"$4\r\nkept\r\n"
     # On a busy machine it may sleep once more before it is asked.
-    assert world.asleep(redis)["restores"] >= 1
+    assert world.asleep(redis).restores >= 1
     world.daemon.restart()
-    assert world.daemon.container(redis.id)["state"] == "scaled_down"
+    assert world.daemon.seen(redis.id).state == "scaled_down"
     assert ask(address, b"GET k\r\n") == b"$4\r\nkept\r\n"
 
 
@@ -461,8 +462,8 @@ def test_an_image_that_must_be_pid_1(kubelet: Kubelet, daemon: Daemon, tmp_path:
     pod = kubelet.run_pod(annotations=SHORT)
     redis = pod.run("redis", command=["/init"], mounts={script: "/init"})
     status = daemon.wait_for(redis.id, "scaled_down")
-    assert status["tier"] == "freeze"
-    assert "/init must be PID 1" in status["reason"]
+    assert status.tier == "freeze"
+    assert "/init must be PID 1" in status.reason
     assert ask(pod.ip, b"PING\r\n") == b"+PONG\r\n"
     assert redis.status().state == cri.ContainerState.CONTAINER_RUNNING
 
@@ -471,9 +472,10 @@ def test_an_image_that_must_be_pid_1(kubelet: Kubelet, daemon: Daemon, tmp_path:
 def test_no_init(kubelet: Kubelet, daemon: Daemon, tier: str) -> None:
     pod = kubelet.run_pod(annotations={**SHORT, "criproxy.io/init": "never", "criproxy.io/tier": tier})
     redis = pod.run("redis")
+    eventually(lambda: listens(pod.ip), "it listens")
     status = daemon.wait_for(redis.id, "scaled_down" if tier == "auto" else "disabled")
-    assert "init: never" in status["reason"]
-    assert status["tier"] == ("freeze" if tier == "auto" else "")
+    assert "init: never" in status.reason
+    assert status.tier == ("freeze" if tier == "auto" else "")
     assert ask(pod.ip, b"PING\r\n") == b"+PONG\r\n"
 
 
@@ -482,10 +484,8 @@ def test_one_that_is_left_alone_is_shown_until_it_ends(kubelet: Kubelet, daemon:
     busybox = pod.run("busybox", command=["sh", "-c", "while [ ! -e /end ]; do sleep 0.1; done"])
     assert daemon.seen(busybox.id).state == "disabled"
     busybox.exec_sync("touch", "/end")
-    deadline = time.monotonic() + 60
-    while busybox.id in daemon.known():
-        assert time.monotonic() < deadline, daemon.seen(busybox.id)
-        time.sleep(0.05)
+    busybox.wait()
+    eventually(lambda: busybox.id not in daemon.known(), "it isn't shown any more")
 
 
 def test_a_terminal_and_a_shared_pid_namespace(kubelet: Kubelet, daemon: Daemon) -> None:
@@ -497,12 +497,12 @@ def test_a_terminal_and_a_shared_pid_namespace(kubelet: Kubelet, daemon: Daemon)
     command = ["sh", "-c", "(sleep 1000 &); exec redis-server --protected-mode no --save ''"]
     redis = pod.run("redis", command=command, tty=True)
     status = daemon.wait_for(redis.id, "scaled_down")
-    assert status["tier"] == "freeze"
+    assert status.tier == "freeze"
     assert ask(pod.ip, b"PING\r\n") == b"+PONG\r\n"
     daemon.wait_for(redis.id, "scaled_down")
     with redis.exec("sleep", "600"):
         daemon.wait_for(redis.id, "running")
-        never(lambda: daemon.container(redis.id)["state"] != "running", "it sleeps while its command runs", seconds=1)
+        never(lambda: daemon.seen(redis.id).state != "running", "it sleeps while its command runs", seconds=1)
 
 
 @pytest.fixture(scope="module")
@@ -531,12 +531,12 @@ def test_where_criu_refuses(kubelet: Kubelet, daemon: Daemon, server: Path, tier
     if tier == "checkpoint":
 
         def refused() -> bool:
-            status = daemon.container(container.id)
-            return status["state"] == "running" and "io_uring" in status["reason"]
+            status = daemon.seen(container.id)
+            return status.state == "running" and "io_uring" in status.reason
 
         eventually(refused, "it runs, and says why")
     else:
         status = daemon.wait_for(container.id, "scaled_down")
-        assert status["tier"] == "freeze"
-        assert "io_uring" in status["reason"]
+        assert status.tier == "freeze"
+        assert "io_uring" in status.reason
     assert ask(address, b"") == b"ok\n"

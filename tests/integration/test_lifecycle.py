@@ -175,8 +175,9 @@ def test_stop_container_delivers_the_stop_signal(
         specimen.has_said("caught 15")
         assert not container_pids(specimen.container)
         # It is over: no longer shown, no memory of it on the disk.
-        assert specimen.id not in {c["container_id"] for c in daemon.status()}
-        assert not list(Path(daemon.state_dir, "containers", specimen.id).glob("checkpoint*"))
+        assert specimen.id not in daemon.known()
+        folder = Path(daemon.state_dir, "containers", specimen.id)
+        eventually(lambda: not list(folder.glob("checkpoint*")), "its checkpoint is deleted")
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -191,7 +192,7 @@ def test_what_kills_works_in_every_state(
         KILLS[call](pod)
         # What CRIU then says of its container isn't anybody's business.
         assert not re.search(" (WARNING|ERROR) .*", daemon.service.output()[said:])
-        assert specimen.id not in {c["container_id"] for c in daemon.status()}
+        assert specimen.id not in daemon.known()
         assert not list(daemon.state_dir.glob(f"containers/{specimen.id}/checkpoint*"))
         if call == "StopPodSandbox":
             # kubelet may well name the dead container again.
@@ -396,7 +397,7 @@ def test_exit_codes_after_a_cycle(command: str, code: int, specimen: Specimen, d
     found = specimen.container.wait()
     assert found.exit_code == code
     assert found.reason == ("Completed" if code == 0 else "Error")
-    assert specimen.id not in {c["container_id"] for c in daemon.status()}
+    assert specimen.id not in daemon.known()
 
 
 def test_orphans_are_reaped(specimen: Specimen, daemon: Daemon) -> None:
@@ -414,7 +415,7 @@ def test_short_lives(pod: Pod, daemon: Daemon) -> None:
         container = pod.run("busybox", "short", command=["sh", "-c", f"exit {code}"])
         assert container.wait().exit_code == code
         container.remove()
-    assert not [c for c in daemon.status() if c["container"] == "short"]
+    assert not [c for c in daemon.known().values() if c.container == "short"]
 
 
 # --- The daemon comes and goes ---------------------------------------------------
@@ -546,7 +547,7 @@ def test_what_ended_while_no_daemon_was_there(
     # Past criproxy, as the kernel's OOM killer or a person would.
     direct.call("StopContainer", cri.StopContainerRequest(container_id=gone.id, timeout=0), cri.StopContainerResponse)
     daemon.start()
-    assert {c["container"] for c in daemon.status()} == {"other"}
+    assert {c.container for c in daemon.known().values()} == {"other"}
     assert other.ask("count") == "1"
     assert gone.container.status().exit_code == 137
     pod.remove()
@@ -605,7 +606,7 @@ def test_zeropods_manifests_work(kubelet: Kubelet, program: Path, daemon: Daemon
         other = Specimen.run(pod, program, "other", port=PORT + 1)
         asleep(daemon, specimen)
         assert specimen.ask("count") == "1"
-        assert other.id not in {c["container_id"] for c in daemon.status()}
+        assert other.id not in daemon.known()
     assert "zeropod.ctrox.dev/connect-timeout has no meaning here" in daemon.service.output()
 
 
@@ -685,6 +686,11 @@ def test_status_has_the_documented_keys(kubelet: Kubelet, program: Path, daemon:
         shown(Specimen.run(pod, program, memory=12), daemon)
 
 
+def told(daemon: Daemon, specimen: Specimen) -> dict[str, Any]:
+    """As the command shows it."""
+    return next(c for c in daemon.status() if c["container_id"] == specimen.id)
+
+
 def shown(specimen: Specimen, daemon: Daemon) -> None:
     keys = {
         *("namespace", "pod", "container", "container_id", "state", "since", "last_activity", "memory_bytes"),
@@ -692,12 +698,12 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
         *("tier", "parking", "freed_bytes"),
     }
     with specimen.awake():
-        first = daemon.container(specimen.id)
+        first = told(daemon, specimen)
     assert set(first) == keys
     assert (first["namespace"], first["container"]) == ("default", "specimen")
     assert first["last_checkpoint_seconds"] is None
     asleep(daemon, specimen)
-    down = daemon.container(specimen.id)
+    down = told(daemon, specimen)
     assert set(down) == keys
     assert down["state"] == "scaled_down"
     assert down["checkpoint_bytes"] > 0
@@ -711,7 +717,7 @@ def shown(specimen: Specimen, daemon: Daemon) -> None:
     assert down["reason"] == ""
     specimen.ask("count")
     with specimen.awake():
-        up = daemon.container(specimen.id)
+        up = told(daemon, specimen)
     assert (up["restores"], up["checkpoint_bytes"]) == (1, 0)
     assert up["freed_bytes"] is None
     assert up["last_restore_seconds"] > 0

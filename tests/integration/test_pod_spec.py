@@ -160,9 +160,9 @@ def test_kubectl_debug_finds_its_target_awake_and_keeps_it_so(
         daemon.restart()
         never(lambda: seen(daemon, specimen.id).state != "running", "the next daemon has scaled it down", seconds=1)
         # The first process of another container in there isn't scaled down itself.
-        states = {c["container"]: c for c in daemon.status()}
+        states = {c.container: c for c in daemon.known().values()}
         if annotations == QUICK:
-            assert "another container's PID namespace" in states["debugger"]["reason"]
+            assert "another container's PID namespace" in states["debugger"].reason
         else:
             assert "debugger" not in states
         assert debugger.exec_sync("touch", "/enough").exit_code == 0

@@ -67,7 +67,7 @@ def settled(daemon: Daemon, prober: Prober, container: Container) -> int:
     prober.wait_for_success()
     restores = -1
     # A probe may have come before its first answer was known.
-    while restores != (restores := int(daemon.wait_for(container.id, "scaled_down")["restores"])):
+    while restores != (restores := daemon.wait_for(container.id, "scaled_down").restores):
         probed(prober, 3)
     return restores
 
@@ -116,11 +116,11 @@ def test_https_probes_let_it_sleep_and_a_hook_over_tls_reaches_it(
         probed(prober, 5)
         assert prober.failures(since=began) == []
         assert {result.output for result in prober.results(since=began)} == {"HTTP 200, 0 bytes"}
-        assert daemon.container(container.id)["restores"] == restores
+        assert daemon.seen(container.id).restores == restores
         hook = Http("hook", address, 443, "/stop", HOOK, tls=True, timeout=PATIENCE, period=ONCE)
         body = f"for {address}: /stop"  # relayed: the application sees an address of the pod
         assert asked(containerd, hook) == f"HTTP 200, {len(body)} bytes"
-        assert daemon.container(container.id)["restores"] == restores + 1
+        assert daemon.seen(container.id).restores == restores + 1
 
 
 def test_where_https_probes_are_to_wake_they_do(
@@ -131,7 +131,7 @@ def test_where_https_probes_are_to_wake_they_do(
     with Prober(containerd, [probe]) as prober:
         prober.wait_for_success()
         began = time.monotonic()
-        eventually(lambda: int(daemon.container(container.id)["restores"]) >= 2, "each probe wakes it")
+        eventually(lambda: daemon.seen(container.id).restores >= 2, "each probe wakes it")
         assert prober.failures(since=began) == []
         assert {result.output for result in prober.results(since=began)} != {"HTTP 200, 0 bytes"}
 
@@ -143,13 +143,13 @@ def test_a_new_probe_wakes_once(containerd: Containerd, daemon: Daemon, nginx: C
         restores = settled(daemon, live, container)
         hook = Http("hook", address, 80, "/live", HOOK, timeout=PATIENCE, period=ONCE)
         assert asked(containerd, hook).startswith("HTTP 200")
-        assert daemon.container(container.id)["restores"] == restores + 1
+        assert daemon.seen(container.id).restores == restores + 1
         with Prober(containerd, [Http("ready", address, 80, "/ready", period=PERIOD, timeout=PATIENCE)]) as ready:
             restores = settled(daemon, ready, container)
             began = time.monotonic()
             probed(ready, 5)
             assert ready.failures() + live.failures(since=began) == []
-            assert daemon.container(container.id)["restores"] == restores
+            assert daemon.seen(container.id).restores == restores
 
 
 def test_a_probe_that_is_given_up_wakes_nobody(
@@ -165,7 +165,7 @@ def test_a_probe_that_is_given_up_wakes_nobody(
             probed(given_up, 2)
             assert given_up.failures() == []
         probed(live, 1)
-        assert daemon.container(container.id)["restores"] == restores
+        assert daemon.seen(container.id).restores == restores
 
 
 def test_what_kubelet_finds_sick_is_not_scaled_down(
@@ -175,13 +175,13 @@ def test_what_kubelet_finds_sick_is_not_scaled_down(
     probe = Http("sick", container.pod.ip, 80, "/sick", period=PERIOD, timeout=PATIENCE)
     with Prober(containerd, [probe]) as prober:
         reason = "kubelet's HTTP probe GET :80/sick was last answered 503"
-        eventually(lambda: daemon.container(container.id)["reason"] == reason, "it says why")
+        eventually(lambda: daemon.seen(container.id).reason == reason, "it says why")
         # It may have been scaled down before the first probe came.
-        before = daemon.container(container.id)
+        before = daemon.seen(container.id)
         probed(prober, 4)
-        eventually(lambda: daemon.container(container.id)["reason"] == reason, "it still says why")
-        status = daemon.container(container.id)
-        assert (status["state"], status["checkpoints"]) == ("running", before["checkpoints"])
+        eventually(lambda: daemon.seen(container.id).reason == reason, "it still says why")
+        status = daemon.seen(container.id)
+        assert (status.state, status.checkpoints) == ("running", before.checkpoints)
 
 
 def test_an_agent_probes_in_kubelets_place(daemon: Daemon, nginx: Callable[..., Container]) -> None:
@@ -191,11 +191,11 @@ def test_an_agent_probes_in_kubelets_place(daemon: Daemon, nginx: Callable[..., 
     daemon.wait_for(container.id, "scaled_down")
     first = over_lo(pod, probe)
     assert first.endswith(f"for {AGENT}: /healthz".encode())
-    restores = int(daemon.wait_for(container.id, "scaled_down")["restores"])
+    restores = daemon.wait_for(container.id, "scaled_down").restores
     for _ in range(10):
         again = over_lo(pod, probe)
         assert re.split(rb"\r\n\r\n", again)[1] == re.split(rb"\r\n\r\n", first)[1]
-    assert daemon.container(container.id)["restores"] == restores
+    assert daemon.seen(container.id).restores == restores
     # Whatever else it asks is for the application, which sees where it comes from.
     assert over_lo(pod, get("/shop", "curl/8")).endswith(f"for {AGENT}: /shop".encode())
-    assert daemon.container(container.id)["restores"] == restores + 1
+    assert daemon.seen(container.id).restores == restores + 1

@@ -68,7 +68,8 @@ def test_on_stop_kill_ends_what_sleeps_as_it_is(pod: Pod, program: Path, daemon:
     assert (specimen.container.status().exit_code, specimen.log) == (KILLED, ["listening"])
     assert not said.lines("restoring")
     assert not container_pids(specimen.container)
-    assert not list(Path(daemon.state_dir, "containers", specimen.id).glob("checkpoint*"))
+    folder = Path(daemon.state_dir, "containers", specimen.id)
+    eventually(lambda: not list(folder.glob("checkpoint*")), "its checkpoint is deleted")
 
 
 @with_annotations(**{"on-stop": "kill", "scaledown-duration": "0"})
