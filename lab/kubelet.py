@@ -378,6 +378,10 @@ class Pod:
         if self.id:
             for container in list(self.containers):
                 container.stop(self.kubelet.grace if grace is None else grace)
+                # containerd 1.6 answers as soon as the process is gone, and refuses to remove it until it has noticed.
+                deadline = time.monotonic() + PATIENCE
+                while container.runs() and time.monotonic() < deadline:
+                    time.sleep(0.02)
                 container.remove()
             self.stop()
             request = cri.RemovePodSandboxRequest(pod_sandbox_id=self.id)
@@ -425,6 +429,12 @@ class Container:
 
     def status(self) -> cri.ContainerStatus:
         return self.status_response(verbose=False).status
+
+    def runs(self) -> bool:
+        """Whether it is there, and runs."""
+        state = cri.ContainerStateValue(state=cri.ContainerState.CONTAINER_RUNNING)
+        request = cri.ListContainersRequest(filter=cri.ContainerFilter(id=self.id, state=state))
+        return bool(self._call("ListContainers", request, cri.ListContainersResponse).containers)
 
     def wait(self, timeout: float = PATIENCE) -> cri.ContainerStatus:
         """Wait until it has exited, and return its status. Raises LabError after `timeout` seconds."""
