@@ -32,7 +32,7 @@ from criproxy.hook import keeper, pod_maps, pod_namespace
 from criproxy.hook.pod_maps import U32, Activity, Counters, Park, Parked, Stream, Talk, Visitor, Watched
 from criproxy.hook.slots import NetworkError, Slots, checked, closing
 from criproxy.kernel import netlink
-from criproxy.kernel.bpf import BpfError, Map, NetnsLink, Object, Pinned, unpin
+from criproxy.kernel.bpf import BpfError, Map, NetnsLink, Pinned, load_object, unpin
 from criproxy.kernel.netlink import Netlink
 from criproxy.kernel.processes import Process
 from criproxy.kernel.sockets import Flow
@@ -122,7 +122,7 @@ class HostNetwork(Slots):
     @classmethod
     def attach(cls, netns: Path, pins: Path) -> Self:
         """Attaches a hook; `pins` as for `PodNetwork.attach`. Raises BpfError or NetworkError; nothing stays then."""
-        Object(OBJECT, pins, {}, tuple(MAPS), (_PROGRAM,), kubelet.shared_maps(pins.parent)).close()
+        load_object(OBJECT, pins, {}, tuple(MAPS), (_PROGRAM,), kubelet.shared_maps(pins.parent))
         try:
             self = cls(netns, pins)
         except BaseException:

@@ -33,7 +33,6 @@ import socket
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from criproxy import LIBEXEC
@@ -59,7 +58,7 @@ from criproxy.hook.pod_maps import (
 )
 from criproxy.hook.slots import NetworkError, Slots, checked, closing
 from criproxy.kernel import netlink
-from criproxy.kernel.bpf import BpfError, Object, Pinned, RingBuffer, unpin
+from criproxy.kernel.bpf import BpfError, Pinned, RingBuffer, load_object, unpin
 from criproxy.kernel.namespaces import in_network_namespace
 from criproxy.kernel.netlink import DIRECTIONS, Direction, Link, Netlink
 from criproxy.kernel.sockets import Flow
@@ -113,7 +112,7 @@ class PodNetwork(Slots):
             self._resources = stack.pop_all()
 
     @classmethod
-    def attach(cls, netns: Path, pins: Path, *, ring_bytes: int = RING_BYTES, program: Path = OBJECT) -> Self:
+    def attach(cls, netns: Path, pins: Path, *, ring_bytes: int = RING_BYTES) -> Self:
         """Puts a hook into the network namespace `netns`; `pins`: a folder to be made on a bpf file system, beside the
         one that `kubelet.Kubelet` has there.
 
@@ -123,9 +122,9 @@ class PodNetwork(Slots):
         if ring_bytes < 4096 or ring_bytes & (ring_bytes - 1):
             raise NetworkError(f"The ring buffer can't have {ring_bytes} bytes (a power of two from 4096 on)")
         # Once pinned, the rest is as after a restart of the daemon.
-        Object(
-            program, pins, {RING: ring_bytes}, (*MAPS, RING, WATCHED), DIRECTIONS, kubelet.shared_maps(pins.parent)
-        ).close()
+        load_object(
+            OBJECT, pins, {RING: ring_bytes}, (*MAPS, RING, WATCHED), DIRECTIONS, kubelet.shared_maps(pins.parent)
+        )
         try:
             self = cls(netns, pins)
         except BaseException:
@@ -487,14 +486,6 @@ class PodNetwork(Slots):
         """Lets go of the hook, which goes on as it is. Can be called twice."""
         self.off_parked()
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _program_id(path: Path) -> int:

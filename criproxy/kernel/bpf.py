@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 from criproxy.kernel.namespaces import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
@@ -36,78 +36,61 @@ class BpfError(Exception):
     """What the kernel or libbpf refused: one sentence, and a hint in brackets."""
 
 
-class Object:
-    """An eBPF object file, loaded: its maps and programs live as long as this object, their pins or their users."""
+def load_object(
+    path: Path,
+    pins: Path,
+    sizes: Mapping[str, int],
+    maps: tuple[str, ...],
+    programs: tuple[str, ...],
+    shared: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """Loads an eBPF object file, and pins the named maps and programs under `pins` (a new folder on a bpf file system).
 
-    def __init__(
-        self,
-        path: Path,
-        pins: Path,
-        sizes: Mapping[str, int],
-        maps: tuple[str, ...],
-        programs: tuple[str, ...],
-        shared: Mapping[str, Path] = MappingProxyType({}),
-    ) -> None:
-        """Loads `path` and pins the named maps and programs under `pins` (a new folder on a bpf file system).
+    `sizes` sets the entries (bytes for a ring buffer) of maps. `shared` maps are those pinned at the given paths, which
+    other objects use as well; where none is pinned yet it is made. Raises BpfError; nothing (but the shared maps) stays
+    behind then.
+    """
+    lib = _libbpf()
+    with _said() as said, contextlib.ExitStack() as stack:
+        handle = lib.bpf_object__open_file(os.fsencode(path), None)
+        if not handle:
+            raise _error(f"Cannot read the eBPF object {path}", said)
+        # What is pinned outlives it.
+        stack.callback(lib.bpf_object__close, handle)
+        try:
+            pins.mkdir(mode=0o700)
+        except OSError as error:
+            raise BpfError(f"Cannot make the folder {pins} for pins: {error.strerror}") from error
+        try:
+            _load(handle, pins, sizes, {**{name: pins / name for name in maps}, **shared}, programs, said)
+        except BaseException:
+            unpin(pins)
+            raise
 
-        `sizes` sets the entries (bytes for a ring buffer) of maps. `shared` maps are those pinned at the given paths,
-        which other objects use as well; where none is pinned yet it is made. Raises BpfError; nothing (but the shared
-        maps) stays behind then.
-        """
-        lib = _libbpf()
-        with _said() as said:
-            self._handle = lib.bpf_object__open_file(os.fsencode(path), None)
-            if not self._handle:
-                raise _error(f"Cannot read the eBPF object {path}", said)
-            try:
-                pins.mkdir(mode=0o700)
-            except OSError as error:
-                self.close()
-                raise BpfError(f"Cannot make the folder {pins} for pins: {error.strerror}") from error
-            try:
-                self._load(lib, pins, sizes, {**{name: pins / name for name in maps}, **shared}, programs, said)
-            except BaseException:
-                self.close()
-                unpin(pins)
-                raise
 
-    def _load(
-        self,
-        lib: Any,
-        pins: Path,
-        sizes: Mapping[str, int],
-        maps: Mapping[str, Path],
-        programs: tuple[str, ...],
-        said: list[str],
-    ) -> None:
-        for name, pin in maps.items():
-            found = lib.bpf_object__find_map_by_name(self._handle, name.encode())
-            if not found:
-                raise BpfError(f"The eBPF object has no map {name} (it belongs to another version of criproxy)")
-            if name in sizes and lib.bpf_map__set_max_entries(found, sizes[name]):
-                raise _error(f"Cannot give the map {name} {sizes[name]} entries", said)
-            if lib.bpf_map__set_pin_path(found, os.fsencode(pin)):
-                raise _error(f"Cannot pin the map {name} at {pin}", said)
-        if lib.bpf_object__load(self._handle):
-            raise _error("Cannot load the eBPF programs", said)
-        for name in programs:
-            program = lib.bpf_object__find_program_by_name(self._handle, name.encode())
-            if not program or lib.bpf_program__pin(program, os.fsencode(pins / name)):
-                raise _error(f"Cannot pin the eBPF program {name} in {pins}", said)
-
-    def close(self) -> None:
-        """Lets go of the object; what is pinned or attached stays."""
-        if self._handle:
-            _libbpf().bpf_object__close(self._handle)
-            self._handle = None
-
-    def __enter__(self) -> Object:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def _load(
+    handle: int,
+    pins: Path,
+    sizes: Mapping[str, int],
+    maps: Mapping[str, Path],
+    programs: tuple[str, ...],
+    said: list[str],
+) -> None:
+    lib = _libbpf()
+    for name, pin in maps.items():
+        found = lib.bpf_object__find_map_by_name(handle, name.encode())
+        if not found:
+            raise BpfError(f"The eBPF object has no map {name} (it belongs to another version of criproxy)")
+        if name in sizes and lib.bpf_map__set_max_entries(found, sizes[name]):
+            raise _error(f"Cannot give the map {name} {sizes[name]} entries", said)
+        if lib.bpf_map__set_pin_path(found, os.fsencode(pin)):
+            raise _error(f"Cannot pin the map {name} at {pin}", said)
+    if lib.bpf_object__load(handle):
+        raise _error("Cannot load the eBPF programs", said)
+    for name in programs:
+        program = lib.bpf_object__find_program_by_name(handle, name.encode())
+        if not program or lib.bpf_program__pin(program, os.fsencode(pins / name)):
+            raise _error(f"Cannot pin the eBPF program {name} in {pins}", said)
 
 
 class Pinned:

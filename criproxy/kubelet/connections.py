@@ -22,7 +22,7 @@ from typing import Final
 from criproxy import LIBEXEC
 from criproxy.config import Config
 from criproxy.hook import pod_maps
-from criproxy.kernel.bpf import BpfError, CgroupLink, Map, Object, Pinned, unpin
+from criproxy.kernel.bpf import BpfError, CgroupLink, Map, Pinned, load_object, unpin
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Kubelet:
         self._pins.mkdir(mode=0o700, exist_ok=True)
         folder = self._pins / _PROGRAM
         unpin(folder)
-        Object(OBJECT, folder, {}, (), (_OPENING,), shared_maps(self._pins.parent)).close()
+        load_object(OBJECT, folder, {}, (), (_OPENING,), shared_maps(self._pins.parent))
         addresses = Map(self._pins / "addresses", *MAPS["addresses"])
         try:
             wanted = {pod_maps.address(text) for text in self._config.kubelet_addresses}

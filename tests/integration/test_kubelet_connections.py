@@ -611,7 +611,7 @@ async def test_without_a_daemon_probes_wait_for_the_next_one(stage: Stage, net: 
     await becomes(lambda: stage.network.counters(0).dropped == 1, "it is dropped")
     assert not connecting.done()
     stage.network.close()
-    with PodNetwork.adopt(net.netns, net.pins) as adopted:
+    with closing(PodNetwork.adopt(net.netns, net.pins)) as adopted:
         stage.network = adopted
         async with answering(stage) as seen:
             adopted.send([packet])

@@ -608,7 +608,7 @@ async def test_adopt_finds_everything(net: Topology, hook: Hook) -> None:
         network.close()
         waiting = asyncio.create_task(connect(net, "peer", POD6))
         await asyncio.sleep(0.05)  # parked while nobody is there
-        with PodNetwork.adopt(net.netns, net.pins) as adopted:
+        with closing(PodNetwork.adopt(net.netns, net.pins)) as adopted:
             assert adopted.mode(2) is Park.ALL
             assert adopted.mode(0) is Park.PASS
             await becomes(lambda: adopted.counters(2).parked, "it is parked")
