@@ -18,6 +18,7 @@
 #include "ports.h"
 
 #define LAYOUT 4      /* of the maps and the records; network.py refuses pins of another one */
+#define FLOWS 16384   /* connections that are kept while their slots are parked; room for one is 16 bytes in every pod */
 #define LO 1          /* the kernel gives every namespace's lo this ifindex */
 #define EXTENSIONS 8  /* IPv6 extension headers that are walked at most; a packet with more isn't looked at */
 #define FRAME 66560   /* an IPv6 packet with the longest payload there is without a jumbogram, and its link header */
@@ -162,7 +163,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
+	__uint(max_entries, FLOWS);
 	__type(key, struct four);
 	__type(value, struct flow);
 } flows SEC(".maps");

@@ -41,6 +41,8 @@ class Network(Protocol):
 
     def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None: ...
 
+    def room(self, slot: int) -> int: ...
+
     def park(self, slot: int, mode: Park, flows: Iterable[Flow] = ()) -> None: ...
 
     def stand_in(self, slot: int, streams: Mapping[Flow, Stream]) -> None: ...
@@ -211,6 +213,9 @@ class Gate:
         own = self._own_sockets()
         listening = {s.port for s in own if s.listening}
         flows = {s.flow for s in own}
+        connected, room = sum(s.connected for s in own), self._network.room(self._slot)
+        if connected > room:
+            return f"{connected} connections are open, and the pod's hook has room for {room} while it is scaled down"
         for s in own:
             if s.listening and s.receive_queue:
                 return f"a connection to port {s.port} waits to be accepted"

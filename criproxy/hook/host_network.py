@@ -223,6 +223,10 @@ class HostNetwork(Slots):
                     found.update({pod_maps.port_of(key): folder.name for key, _ in ports.items()})
         return found
 
+    def room(self, slot: int) -> int:
+        """Nothing is kept of connections."""
+        return sys.maxsize
+
     def park(self, slot: int, mode: Park, flows: Iterable[Flow] = ()) -> None:
         """Whether new connections to the slot's ports are the listener's (any mode but Park.PASS). Raises BpfError."""
         self._maps["modes"].set(U32.pack(checked(slot)), U32.pack(mode))

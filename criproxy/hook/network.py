@@ -38,6 +38,7 @@ from typing import Final, Self
 from criproxy import LIBEXEC
 from criproxy.hook import packet, pod_maps, pod_namespace
 from criproxy.hook.pod_maps import (
+    FLOWS,
     LAYOUT,
     LINK,
     MAPS,
@@ -200,6 +201,11 @@ class PodNetwork(Slots):
             self._maps["pod"].set(U32.pack(0), POD.pack(layout, parking, changed, commands))
         if mode is Park.PASS:
             self._reconcile("flows", self._flows, wanted, slot)
+
+    def room(self, slot: int) -> int:
+        """How many connections `park` can take for the slot."""
+        others = [value for value in self._flows.values() if U32.unpack_from(value)[0] != slot]
+        return FLOWS - len(others)
 
     def refusal(self, ports: Collection[Port]) -> str | None:
         """Why these ports can't be a slot's, in words, or None: the pod's network is its own."""

@@ -19,6 +19,8 @@ from criproxy.policy import Port
 
 SLOTS: Final = 16
 """Containers per pod that have a slot."""
+FLOWS: Final = 16384
+"""Connections that a pod's slots can keep while they are parked."""
 LAYOUT: Final = 4
 
 U32: Final = struct.Struct("=I")

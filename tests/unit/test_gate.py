@@ -35,6 +35,7 @@ class FakeNetwork:
         self.watching = False
         self.opened: list[Flow] = []
         self.counted: list[Flow] = []
+        self.free = 100
 
     def answer(self, slot: int, ports: Mapping[Port, Collection[Visitor]]) -> None:
         self.answered = ports
@@ -76,6 +77,9 @@ class FakeNetwork:
 
     def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None:
         self.assigned = set(ports), set(quiet)
+
+    def room(self, slot: int) -> int:
+        return self.free
 
     def park(self, slot: int, mode: Park, flows: Iterable[Flow] = ()) -> None:
         self.flows = list(flows)
@@ -190,6 +194,13 @@ def test_unread_data_holds_awake(network: FakeNetwork) -> None:
     assert gate(network).unsettled() == "data from 10.0.0.9:5432 waits to be read since 3.0 s"
     network.all[-1] = connection(40000, received=3000, sent=9000, unread=1, state="CLOSE_WAIT")
     assert gate(network).unsettled() is None  # the end of the connection
+
+
+def test_more_connections_than_the_hook_has_room_for_hold(network: FakeNetwork) -> None:
+    network.all += [connection(80, received=3000, sent=2996, remote=(CLIENT, port)) for port in range(5000, 5101)]
+    assert (gate(network).unsettled() or "").startswith("101 connections are open")
+    network.free = 101
+    assert gate(network).unsettled() is None
 
 
 def test_sockets_of_others_do_not_hold(network: FakeNetwork) -> None:
