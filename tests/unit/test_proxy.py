@@ -263,7 +263,7 @@ async def test_the_deadline_is_passed_on(containerd, proxied, method):
     await outcome(proxied, method, timeout=30)
     await outcome(proxied, method)
     with_deadline, without = containerd.remaining
-    assert 0 < with_deadline <= 30
+    assert 0 < with_deadline <= 31  # gRPC rounds up at each step
     assert without is None
 
 
