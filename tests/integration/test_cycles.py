@@ -252,6 +252,7 @@ def test_using_the_processor_counts_as_activity(specimen: Specimen, daemon: Daem
 def test_a_duration_of_zero_is_never(kubelet: Kubelet, program: Path, daemon: Daemon) -> None:
     with kubelet.run_pod(annotations=AWAKE) as pod:
         specimen = Specimen.run(pod, program)
+        daemon.wait_for(specimen.id, "running")  # it is `starting` at first
         never(lambda: seen(daemon, specimen.id).state != "running", "it was scaled down", seconds=1)
         assert "never" in seen(daemon, specimen.id).reason
 
