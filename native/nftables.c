@@ -7,6 +7,7 @@
  * ends ("undefined symbol"), and one that can't start with this library is given the real one (bundle.py).
  */
 #include <stdint.h>
+#include <stdio.h>
 
 static struct nft_ctx {
 	char unused;
@@ -33,6 +34,20 @@ int nft_ctx_buffer_error(struct nft_ctx *context)
 {
 	(void)context;
 	return 0;
+}
+
+FILE *nft_ctx_set_output(struct nft_ctx *context, FILE *file)
+{
+	(void)context;
+	(void)file;
+	return NULL;
+}
+
+FILE *nft_ctx_set_error(struct nft_ctx *context, FILE *file)
+{
+	(void)context;
+	(void)file;
+	return NULL;
 }
 
 const char *nft_ctx_get_error_buffer(struct nft_ctx *context)

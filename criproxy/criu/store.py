@@ -60,8 +60,12 @@ def discard(images: Path) -> None:
         if (kept := Kept.of(images)) is not None:
             kept.close()
     beside(images).unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         images.rename(images.with_name(f"{images.name}{_DISCARDED}{time.monotonic_ns()}"))
+    except FileNotFoundError:
+        pass
+    except OSError:  # a file system may have room for no new name
+        shutil.rmtree(images, ignore_errors=True)
     # Also what a daemon that was killed has left.
     for folder in images.parent.glob(f"{images.name}{_DISCARDED}*"):
         threading.Thread(target=shutil.rmtree, args=(folder, True)).start()

@@ -1,5 +1,6 @@
 """Checkpoints on disk, and their end."""
 
+import errno
 import time
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_a_discarded_checkpoint_is_gone_at_once_and_its_blocks_soon(images: Path
     assert not store.complete(images)
     images.mkdir()  # as the next dump does
     assert left(images) == [images]
+
+
+def test_where_it_cannot_be_put_aside_it_is_deleted_at_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    store.discard(images)
+    assert not images.exists()
 
 
 def test_nothing_to_discard(tmp_path: Path) -> None:
