@@ -96,7 +96,7 @@ class Sandbox:
 
     def _whose(self, port: Port) -> Probed | None:
         for member in self.containers.values():
-            if member.gate is not None and port in member.gate.ports:
+            if member.gate is not None and member.gate.owns(port):
                 return member.probed()
         return None
 

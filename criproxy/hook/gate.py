@@ -126,6 +126,10 @@ class Gate:
         """Where packets are for this container, as far as that is known."""
         return self._ports
 
+    def owns(self, port: Port) -> bool:
+        """Whether packets to it are for this container, quiet ports included: kubelet may probe there, too."""
+        return port in self._ports | self._quiet_ports
+
     # --- what the hook tells -------------------------------------------------------------------------------
 
     def park(self, parked: Parked) -> None:

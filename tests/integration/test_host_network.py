@@ -312,6 +312,33 @@ def test_probes_find_it_healthy_and_let_it_sleep(
             assert prober.failures(since=began) == []
 
 
+def test_probes_of_a_quiet_port_find_it_healthy(
+    daemon: Daemon,
+    containerd: Containerd,
+    kubelet: Kubelet,
+    port: int,
+    new_port: Callable[[], int],
+    tmp_path: Path,
+) -> None:
+    tmp_path.chmod(0o755)
+    quiet = new_port()
+    server = f"server {{ listen {port}; listen {quiet}; return 200; }}"
+    (tmp_path / "nginx.conf").write_text(f"pid /run/nginx.pid; error_log /dev/stderr; events {{}} http {{ {server} }}")
+    annotations = {
+        "criproxy.io/ports-map": f"nginx={port}",
+        "criproxy.io/quiet-ports": str(quiet),
+        "criproxy.io/scaledown-duration": "2s",
+    }
+    with kubelet.run_pod(annotations=annotations, change=in_the_hosts) as pod:
+        nginx = pod.run("nginx", args=["-g", "daemon off;", "-c", "/conf/nginx.conf"], mounts={tmp_path: "/conf"})
+        with Prober(containerd, [Http("HTTP", containerd.gateway, quiet)]) as prober:
+            prober.wait_for_success()
+            began = time.monotonic()
+            wait_for(daemon, nginx.id, "scaled_down")
+            eventually(lambda: len(prober.results(since=began)) > 4, "it is probed")
+            assert prober.failures(since=began) == []
+
+
 def keepers(inodes: set[int]) -> list[int]:
     """The processes that keep these sockets open."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]

@@ -104,6 +104,18 @@ def get(path: str, agent: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\nUser-Agent: {agent}\r\nConnection: close\r\n\r\n".encode()
 
 
+def test_probes_of_a_quiet_port_are_answered(
+    containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]
+) -> None:
+    container = nginx({"criproxy.io/scaledown-duration": "2s", "criproxy.io/quiet-ports": "80"})
+    with Prober(containerd, [Http("http", container.pod.ip, 80, period=PERIOD, timeout=PATIENCE)]) as prober:
+        restores = settled(daemon, prober, container)
+        began = time.monotonic()
+        probed(prober, 4)
+        assert prober.failures(since=began) == []
+        assert daemon.wait_for(container.id, "scaled_down").restores == restores
+
+
 def test_https_probes_let_it_sleep_and_a_hook_over_tls_reaches_it(
     containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]
 ) -> None:
