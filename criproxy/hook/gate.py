@@ -348,9 +348,9 @@ class Gate:
         listening = {s.port for s in own if s.listening}
         bound = listening | {s.port for s in own if s.proto == "udp"}
         ports = (self._declared | listening) - self._quiet
-        # Without any, those that it had stay: while it is started afresh, packets for them have to be parked, where the
-        # kernel would refuse the connections.
-        if ports:
+        # While it listens nowhere (it sleeps, or is started afresh) those that it had stay: packets for them have to be
+        # parked, where the kernel would refuse the connections.
+        if bound:
             self._assign(ports, bound & self._quiet)
         return ports, bound
 

@@ -104,10 +104,11 @@ def get(path: str, agent: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\nUser-Agent: {agent}\r\nConnection: close\r\n\r\n".encode()
 
 
+@pytest.mark.parametrize("ports", [{}, {"criproxy.io/ports-map": "nginx=443"}], ids=["found", "declared"])
 def test_probes_of_a_quiet_port_are_answered(
-    containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]
+    ports: Mapping[str, str], containerd: Containerd, daemon: Daemon, nginx: Callable[..., Container]
 ) -> None:
-    container = nginx({"criproxy.io/scaledown-duration": "2s", "criproxy.io/quiet-ports": "80"})
+    container = nginx({"criproxy.io/scaledown-duration": "2s", "criproxy.io/quiet-ports": "80", **ports})
     with Prober(containerd, [Http("http", container.pod.ip, 80, period=PERIOD, timeout=PATIENCE)]) as prober:
         restores = settled(daemon, prober, container)
         began = time.monotonic()

@@ -243,6 +243,15 @@ def test_a_request_to_a_quiet_port_is_brought_to_its_end_but_holds_no_longer(net
     assert gate(network, quiet=frozenset({METRICS})).unsettled() is None
 
 
+def test_while_it_listens_nowhere_its_ports_stay(network: FakeNetwork) -> None:
+    gate_ = gate(network, declared=frozenset({Port("tcp", 443)}), quiet=frozenset({METRICS}))
+    before = network.assigned
+    assert before == ({Port("tcp", 443), HTTP}, {METRICS})
+    network.all = []
+    assert "doesn't listen on 443/tcp" in (gate_.silent() or "")
+    assert network.assigned == before
+
+
 def test_declared_udp_ports_must_be_bound(network: FakeNetwork) -> None:
     made = gate(network, declared=frozenset({DNS}))
     assert made.silent() == "doesn't listen on 53/udp (yet)"
