@@ -83,7 +83,7 @@ class Sandbox:
         try:
             listeners = network.listen()
         except (BpfError, OSError, CommandError) as error:
-            log.warning("%s/%s: kubelet's probes will wake it: %s", self.record.namespace, self.record.name, error)
+            log.warning("%s/%s: nobody answers in its place: %s", self.record.namespace, self.record.name, error)
             return
         self._answering = Answering(
             listeners,

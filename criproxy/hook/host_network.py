@@ -251,16 +251,24 @@ class HostNetwork(Slots):
         CommandError.
         """
         process, numbers = _kept(self._get("keeper", 0))
+        probed: list[socket.socket | None] = []
         try:
-            back = iter(keeper.take_back(process, [number for number in numbers if number]))
-            self._parked = [next(back) if number else None for number in numbers]
-        except ProcessLookupError:
-            self._parked = [_listening(family, address) for family, address in _FAMILIES]
-            self._keep()
-        probed = [_listening(family, address) for family, address in _FAMILIES]
-        for place, one in [*enumerate(self._parked, _PARKED), *enumerate(probed, _PROBED)]:
-            if one is not None:
-                self._maps["listeners"].set(U32.pack(place), one.fileno().to_bytes(8, sys.byteorder))
+            try:
+                back = iter(keeper.take_back(process, [number for number in numbers if number]))
+                self._parked = [next(back) if number else None for number in numbers]
+            except ProcessLookupError:
+                self._parked = [_listening(family, address) for family, address in _FAMILIES]
+                self._keep()
+            probed += [_listening(family, address) for family, address in _FAMILIES]
+            for place, one in [*enumerate(self._parked, _PARKED), *enumerate(probed, _PROBED)]:
+                if one is not None:
+                    self._maps["listeners"].set(U32.pack(place), one.fileno().to_bytes(8, sys.byteorder))
+        except BaseException:
+            for one in (*self._parked, *probed):
+                if one is not None:
+                    one.close()
+            self._parked = []  # so that `problem` tells
+            raise
         return [one for one in (*self._parked, *probed) if one is not None]
 
     def _keep(self) -> None:
