@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /*
- * Whose port is whose, for the hook in a pod (pod.c) and the one of a pod in the host's network (host.c).
+ * Whose port is whose, and whether it is parked, for the hook in a pod (pod.c) and the one of a pod in the host's network (host.c).
  * criproxy/hook/pod_maps.py has the same layouts in Python.
  */
 #ifndef PORTS_H
@@ -38,5 +38,13 @@ struct {
 	__type(key, struct port);
 	__type(value, struct owner);
 } ports SEC(".maps");
+
+/* What becomes of a slot's packets: an `enum mode`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SLOTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} modes SEC(".maps");
 
 #endif

@@ -121,11 +121,6 @@ class Gate:
         self._commands_since = 0.0
         self._assign(self._ports | declared - quiet, self._quiet_ports & quiet)
 
-    @property
-    def ports(self) -> frozenset[Port]:
-        """Where packets are for this container, as far as that is known."""
-        return self._ports
-
     def owns(self, port: Port) -> bool:
         """Whether packets to it are for this container, quiet ports included: kubelet may probe there, too."""
         return port in self._ports | self._quiet_ports

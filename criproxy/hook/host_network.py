@@ -101,15 +101,10 @@ class HostNetwork(Slots):
         self._probing: dict[Flow, socket.socket] = {}
         """Ours to an application, in a probe's place."""
         with contextlib.ExitStack() as stack:
-            super().__init__(stack, pins, MAPS)
+            super().__init__(stack, pins, MAPS, "host", LAYOUT)
             self._places = dict(self._maps["places"].items())
             for key, value in self._places.items():
                 self._found(U32.unpack(value)[0], *_place_of(key))
-            layout, _ = self._settings()
-            if layout not in (0, LAYOUT):
-                raise NetworkError(
-                    f"The hook pinned in {pins} belongs to another version of criproxy (layout {layout})"
-                )
             try:
                 self._inode = os.stat(netns).st_ino
             except OSError as error:
@@ -142,8 +137,7 @@ class HostNetwork(Slots):
         """Finds the hook that an earlier daemon left, slots and modes as they were. Raises BpfError, NetworkError."""
         self = cls(netns, pins)
         try:
-            if self._settings()[0] != LAYOUT:
-                raise NetworkError(f"The hook pinned in {pins} was never finished")
+            self._check_finished()
             for key, _ in self._maps["relays"].items():
                 self._maps["relays"].delete(key)
             self._hook()

@@ -99,12 +99,7 @@ class PodNetwork(Slots):
         self._links: dict[int, Link] = {}
         self._marks: dict[int, int] = {}
         with contextlib.ExitStack() as stack:
-            super().__init__(stack, pins, MAPS)
-            layout = POD.unpack(self._get("pod", 0))[0]
-            if layout not in (0, LAYOUT):
-                raise NetworkError(
-                    f"The hook pinned in {pins} belongs to another version of criproxy (layout {layout})"
-                )
+            super().__init__(stack, pins, MAPS, "pod", LAYOUT)
             self._ring = closing(stack, RingBuffer(closing(stack, Pinned(pins / RING))))
             self._watched = closing(stack, RingBuffer(closing(stack, Pinned(pins / WATCHED))))
             self._programs = {name: _program_id(pins / name) for name in DIRECTIONS}
@@ -151,8 +146,7 @@ class PodNetwork(Slots):
         """
         self = cls(netns, pins)
         try:
-            if POD.unpack(self._get("pod", 0))[0] != LAYOUT:
-                raise NetworkError(f"The hook pinned in {pins} was never finished")
+            self._check_finished()
             for key, value in self._maps["links"].items():
                 self._marks[U32.unpack(key)[0]] = LINK.unpack(value)[0]
             self._hook()

@@ -35,17 +35,33 @@ def closing(stack: contextlib.ExitStack, resource: _Resource) -> _Resource:
 class Slots:
     """`ports` says which port is which slot's, `modes` what becomes of its packets."""
 
+    pins: Path
     _diag: Netlink
     """A NETLINK_SOCK_DIAG socket in the hook's network namespace; whoever inherits from here opens it."""
 
-    def __init__(self, stack: contextlib.ExitStack, pins: Path, maps: Mapping[str, tuple[int, int]]) -> None:
-        """Opens the maps, by name with the sizes of keys and values, which `stack` closes. Raises BpfError."""
+    def __init__(
+        self, stack: contextlib.ExitStack, pins: Path, maps: Mapping[str, tuple[int, int]], settings: str, layout: int
+    ) -> None:
+        """Opens the maps, by name with the sizes of keys and values, which `stack` closes. `settings`: the one that
+        begins with the layout, 0 as long as the hook isn't finished. Raises BpfError, or NetworkError if they have
+        another version's layout.
+        """
         self._maps: Final = {name: closing(stack, Map(pins / name, key, value)) for name, (key, value) in maps.items()}
+        found = U32.unpack_from(self._get(settings, 0))[0]
+        if found not in (0, layout):
+            raise NetworkError(f"The hook pinned in {pins} belongs to another version of criproxy (layout {found})")
+        self._finished: Final[bool] = found == layout
+        """Whether it was when this object was made."""
         self._ports: Final[dict[bytes, bytes]] = dict(self._maps["ports"].items())
         self._answered: Final[dict[int, dict[bytes, Collection[Visitor]]]] = {}
         for key, value in self._ports.items():
             slot, _ = pod_maps.owner_of(value)
             self._answered.setdefault(slot, {})[key] = pod_maps.answered_of(value)
+
+    def _check_finished(self) -> None:
+        """Raises NetworkError if a daemon has ended while it made the hook."""
+        if not self._finished:
+            raise NetworkError(f"The hook pinned in {self.pins} was never finished")
 
     def assign(self, slot: int, ports: Collection[Port], quiet: Collection[Port] = ()) -> None:
         """Says which local ports are the slot's, instead of those that were before.

@@ -23,7 +23,7 @@ import pytest
 from box import until
 from specimen import PATIENCE
 from topology import NODE4, POD4, POD6, Topology, family_of, make_socket, path, run
-from traffic import HTTP, Hook, ask, becomes, connect, receive, send, serving
+from traffic import HTTP, Hook, ask, becomes, connect, connected, receive, send, serving
 
 from criproxy.config import Config
 from criproxy.hook import pod_maps, pod_namespace
@@ -143,14 +143,7 @@ class Stage:
         return self._process.make(getattr(self.net, where), family_of(address))
 
     async def connect(self, address: str = POD4, port: int = 80, where: str = "node") -> socket.socket:
-        made = self.make(address, where)
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await asyncio.get_running_loop().sock_connect(made, (address, port))
-        except BaseException:
-            made.close()
-            raise
-        return made
+        return await connected(self.make(address, where), address, port)
 
     def said(self) -> list[tuple[str, str, bytes]]:
         """Direction, flags and payload of what was copied."""

@@ -110,7 +110,11 @@ async def serving(net: Topology, greeting: bytes = b"", port: int = 80) -> Async
 
 
 async def connect(net: Topology, where: str, address: str, port: int = 80) -> socket.socket:
-    made = make_socket(getattr(net, where), family_of(address))
+    return await connected(make_socket(getattr(net, where), family_of(address)), address, port)
+
+
+async def connected(made: socket.socket, address: str, port: int) -> socket.socket:
+    """Connects the socket, or closes it and raises."""
     try:
         async with asyncio.timeout(PATIENCE):
             await asyncio.get_running_loop().sock_connect(made, (address, port))

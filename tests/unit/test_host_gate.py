@@ -139,6 +139,6 @@ def test_what_an_exec_probe_says_is_no_use(host: Host) -> None:
 def test_other_ports_are_learned_as_in_a_pod(host: Host) -> None:
     host.all.append(listener(8080))
     one = gate(host)
-    assert one.ports == {HTTP, Port("tcp", 8080)}
+    assert host.assigned[0] == {HTTP, Port("tcp", 8080)}
     one.close()
     assert host.assigned == (set(), set())
